@@ -1,0 +1,1 @@
+"""The trained model: batching, optimizer, the update step."""

@@ -1,0 +1,1 @@
+"""Configuration: the typed schema (every default), composition, and cross-field checks."""

@@ -1,0 +1,157 @@
+"""What a Hugging Face config.json says about a dense decoder, as one plain value."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osft_mcore.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How one model family differs from the common dense decoder."""
+
+    qkv_bias: bool
+    qk_norm: bool
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family(qkv_bias=True, qk_norm=False),
+    "qwen3": Family(qkv_bias=False, qk_norm=True),
+    "llama": Family(qkv_bias=False, qk_norm=False),
+}
+"""A new dense family is one entry here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.x frequency scaling."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Dimensions and switches of a dense decoder; everything a layout needs."""
+
+    model_type: str
+    num_layers: int
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+    """The output layer is the embedding."""
+    qkv_bias: bool
+    qk_norm: bool
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position: int
+    init_std: float
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters, the tied output layer counted once."""
+        attention = (
+            self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) * self.hidden
+            + (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
+            + 2 * self.head_dim * self.qk_norm
+        )
+        layer = attention + 3 * self.ffn * self.hidden + 2 * self.hidden
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.num_layers * layer + embeddings + self.hidden
+
+
+def read_model_shape(folder: str | Path) -> ModelShape:
+    """Read `folder`/config.json.
+
+    Raises ConfigError (option model.path) if the file is missing or not JSON, if the model type
+    is not in FAMILIES, or if it uses a feature that this package does not train.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"model.path: no config.json in {str(folder)!r}; expected a Hugging Face model folder"
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"model.path: {path} is not valid JSON ({error})") from error
+    return model_shape(raw, source=str(path))
+
+
+def model_shape(raw: dict[str, Any], *, source: str) -> ModelShape:
+    """Turn the contents of a config.json into a ModelShape; `source` is named in errors."""
+    model_type = raw.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        found = "has no model_type" if model_type is None else f"has model_type {model_type!r}"
+        raise ConfigError(
+            f"model.path: {source} {found}; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    problems = _unsupported(raw, family)
+    required = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    problems += [f"{key} is missing" for key in (*required, "vocab_size") if key not in raw]
+    if problems:
+        raise ConfigError([f"model.path: {source}: {problem}" for problem in problems])
+    num_heads = int(raw["num_attention_heads"])
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    return ModelShape(
+        model_type=str(model_type),
+        num_layers=int(raw["num_hidden_layers"]),
+        hidden=int(raw["hidden_size"]),
+        num_heads=num_heads,
+        num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
+        head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // num_heads),
+        ffn=int(raw["intermediate_size"]),
+        vocab=int(raw["vocab_size"]),
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        rope_scaling=_rope_scaling(rope),
+        max_position=int(raw.get("max_position_embeddings", 2048)),
+        init_std=float(raw.get("initializer_range", 0.02)),
+    )
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    if _rope_type(rope) == "default":
+        return None
+    return RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def _unsupported(raw: dict[str, Any], family: Family) -> list[str]:
+    """Features that would train to something other than what transformers computes."""
+    problems = []
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if _rope_type(rope) not in ("default", "llama3"):
+        problems.append(f"rope type {_rope_type(rope)!r} is not supported (default, llama3 are)")
+    if raw.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act {raw['hidden_act']!r} is not supported (silu is)")
+    if raw.get("attention_bias") and not family.qkv_bias:
+        problems.append("attention_bias true is not supported for this family")
+    if raw.get("mlp_bias"):
+        problems.append("mlp_bias true is not supported")
+    if raw.get("use_sliding_window"):
+        problems.append("use_sliding_window true is not supported")
+    if float(raw.get("partial_rotary_factor", 1.0)) != 1.0:
+        problems.append("partial_rotary_factor other than 1 is not supported")
+    return problems

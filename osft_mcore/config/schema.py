@@ -1,0 +1,226 @@
+"""Every option and every default, once. YAML in conf/ states choices; this file decides."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import with_config
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The model to train, as a Hugging Face folder."""
+
+    path: str = ""
+    """Folder with config.json, tokenizer and safetensors."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` needs only config.json and the tokenizer; weights come from `seed`."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Compute dtype of actor and rollout; the optimizer always keeps fp32 copies."""
+    vocab_multiple: int = 128
+    """The vocabulary is padded to a multiple of this times parallel.tp (as Megatron-LM does)."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """The actor's layout. world = tp * pp * dp."""
+
+    tp: int = 1
+    """Tensor parallel size."""
+    pp: int = 1
+    """Pipeline parallel size."""
+    dp: int = 1
+    """Data parallel size."""
+    sequence_parallel: bool = False
+    """Shard activations along the sequence between tensor-parallel regions; needs tp > 1."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    timeout_minutes: float = 30.0
+    """A collective that takes longer than this stops the run."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnealingConfig:
+    """Sampling temperature over the run: rollout.tau_sample -> end_tau."""
+
+    mode: Literal["off", "linear", "cosine"] = "off"
+    end_tau: float = 1.0
+    epochs: int = 2
+    """Length in epochs, unless `steps` is given."""
+    steps: int | None = None
+    """Length in steps; overrides `epochs`."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """How answers are sampled."""
+
+    tp: int = 1
+    """Tensor parallel size of the rollout engine; replicas = world / tp."""
+    tau_sample: float = 0.6
+    """Sampling temperature of the training answers."""
+    annealing: AnnealingConfig = field(default_factory=AnnealingConfig)
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means no limit."""
+    num_samples: int = 1
+    """Answers per prompt (G)."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    max_response_tokens: int = 3072
+    max_num_seqs: int = 256
+    """Sequences that the engine runs at once, per replica."""
+    gpu_memory_utilization: float = 0.5
+    """Share of GPU memory for the rollout engine (weights and KV cache)."""
+    kv_cache_gib: float = 0.5
+    """KV cache per rank on CPU, in GiB."""
+    enforce_eager: bool = True
+    """False lets vLLM capture CUDA graphs."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlgorithmConfig:
+    """The objective: cross-entropy of the model's own answers at tau_train."""
+
+    tau_train: float = 1.0
+    """Temperature of the loss. Independent of rollout.tau_sample."""
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    ] = "token-mean"
+    normalization: Literal["global", "per_microbatch"] = "global"
+    """`global`: over the whole optimizer batch, independent of the layout.
+    `per_microbatch`: mean of micro-batch means, as the reference systems do."""
+    train_on_truncated: bool = True
+    """Train on answers that hit rollout.max_response_tokens."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Batches, optimizer, schedule, length of the run."""
+
+    steps: int | None = None
+    """Rollout batches to train on; None: `epochs` passes over the data."""
+    epochs: int = 1
+    prompts_per_step: int = 128
+    """Prompts per rollout batch."""
+    prompts_per_update: int = 64
+    """Prompts per optimizer update; prompts_per_step / prompts_per_update updates a step."""
+    micro_batch_size: int = 4
+    """Sequences per forward pass and data-parallel rank."""
+    lr: float = 1e-7
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: int = 10
+    lr_min_ratio: float = 0.0
+    """Cosine ends at lr * lr_min_ratio."""
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Training data and how prompts are rendered."""
+
+    train: str = ""
+    """Parquet file. `osft train`: prompt, data_source, reward_model.ground_truth.
+    `osft sft`: prompt_key and response_key."""
+    prompt_key: str = "prompt"
+    response_key: str = "response"
+    """Column with the given answer; `osft sft` only."""
+    shuffle: bool = True
+    system_prompt: str = ""
+    """Put before the user turn, if not empty."""
+    prompt_suffix: str = ""
+    """Appended to the user turn."""
+    chat_template: str | None = None
+    """File with a Jinja chat template; None: the tokenizer's own."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Scoring on held-out problems."""
+
+    files: tuple[str, ...] = ()
+    """Parquet files in the schema of the training prompts. Empty: no evaluation."""
+    every: int = 0
+    """Evaluate after every this many steps; 0: only before and after."""
+    before: bool = True
+    num_samples: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    baseline_temperatures: tuple[float, ...] = ()
+    """Other temperatures for the starting model; its best one is the baseline to beat."""
+    max_problems: int | None = None
+    """Use only the first this many problems of each file."""
+    grader_timeout_s: float = 5.0
+    """Wall-clock limit for grading one answer."""
+    grader_workers: int = 1
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """Hugging Face exports of the weights."""
+
+    every: int = 0
+    """Export after every this many steps; 0: only at the end."""
+    final: bool = True
+    max_shard_gib: float = 4.0
+    """Largest safetensors file."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncConfig:
+    """The weight bridge and the agreement gate."""
+
+    bucket_mib: int = 256
+    """Largest message of the weight transfer."""
+    max_logprob_diff: float | None = None
+    """Stop when any token's log-probability differs by more. None: 1e-3 (fp32), 2.0 (bf16)."""
+    mean_logprob_diff: float | None = None
+    """Stop when the mean difference is larger. None: 1e-4 (fp32), 0.05 (bf16)."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggingConfig:
+    """What a run prints and keeps."""
+
+    progress: bool = True
+    """Progress bar on a terminal; plain lines otherwise."""
+    every: int = 1
+    """Print one console line every this many steps."""
+    rollouts: bool = True
+    """Keep rollouts/step_N.jsonl."""
+    wandb: bool = False
+    wandb_project: str = "osft-mcore"
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run. Modules receive their own section, never the whole."""
+
+    output_dir: str = "runs/default"
+    seed: int = 1
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

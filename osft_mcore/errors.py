@@ -1,0 +1,39 @@
+"""Errors that a user can act on: what was found, what was expected, which option to change."""
+
+from collections.abc import Sequence
+
+
+class OsftError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(OsftError):
+    """One or more options that cannot work; lists all of them at once."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (
+            (problems,) if isinstance(problems, str) else tuple(problems)
+        )
+        super().__init__("\n".join(f"  - {problem}" for problem in self.problems))
+
+
+class DataError(OsftError):
+    """A data file that lacks what the run needs."""
+
+    exit_code = 3
+
+
+class WeightError(OsftError):
+    """A weight that is missing, unknown, of the wrong shape, or did not arrive."""
+
+    exit_code = 4
+
+
+class AgreementError(OsftError):
+    """The rollout engine and the actor disagree about the same tokens."""
+
+    exit_code = 5

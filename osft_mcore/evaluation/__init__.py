@@ -1,0 +1,1 @@
+"""Scoring answers: grading, pass@k, confidence intervals, the evaluator."""

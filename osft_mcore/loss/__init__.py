@@ -1,0 +1,1 @@
+"""Log-probabilities and entropy over a sharded vocabulary; how token losses are weighted."""

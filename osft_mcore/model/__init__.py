@@ -1,0 +1,1 @@
+"""This rank's Megatron-Core GPTModel stage."""

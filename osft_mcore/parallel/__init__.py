@@ -1,0 +1,1 @@
+"""Ranks and process groups; what Megatron-Core needs to run without CUDA."""

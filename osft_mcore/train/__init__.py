@@ -1,0 +1,1 @@
+"""The loops: online SFT and the SFT phase before it."""

@@ -1,0 +1,1 @@
+"""Weights as intervals of Hugging Face tensors: layouts, plans, transport, safetensors."""
