@@ -37,3 +37,9 @@ class AgreementError(OsftError):
     """The rollout engine and the actor disagree about the same tokens."""
 
     exit_code = 5
+
+
+class GradingError(OsftError):
+    """Grading that cannot be trusted: no worker, or too many answers left undecided."""
+
+    exit_code = 6

@@ -84,6 +84,8 @@ def read_model_shape(folder: str | Path) -> ModelShape:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"model.path: {path} is not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"model.path: {path} is not a JSON object")
     return model_shape(raw, source=str(path))
 
 
@@ -98,7 +100,11 @@ def model_shape(raw: dict[str, Any], *, source: str) -> ModelShape:
         )
     problems = _unsupported(raw, family)
     required = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    problems += [f"{key} is missing" for key in (*required, "vocab_size") if key not in raw]
+    problems += [
+        f"{key} is {raw[key]!r}, expected a positive integer" if key in raw else f"{key} is missing"
+        for key in (*required, "vocab_size")
+        if not isinstance(raw.get(key), int) or raw[key] < 1
+    ]
     if problems:
         raise ConfigError([f"model.path: {source}: {problem}" for problem in problems])
     num_heads = int(raw["num_attention_heads"])

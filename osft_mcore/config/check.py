@@ -1,0 +1,323 @@
+"""What cannot work together, found before any model is built; every problem is reported at once."""
+
+import importlib.util
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Final, Literal
+
+from osft_mcore.config.model_shape import ModelShape, read_model_shape
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.errors import ConfigError
+
+Phase = Literal["train", "sft"]
+
+CPU_HEAD_DIMS: Final = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""vLLM 0.32.0, v1/attention/backends/cpu_attn.py, get_supported_head_sizes."""
+
+
+def check(
+    config: RunConfig,
+    *,
+    world_size: int | None,
+    phase: Phase,
+    device: Literal["cpu", "cuda"],
+    shape: ModelShape | None = None,
+) -> None:
+    """Raise one ConfigError with every combination that cannot work.
+
+    `world_size` None: not started yet, parallel.tp * pp * dp is taken. `shape` None: read from
+    model.path. Reads nothing else but whether files exist; the same answer on every rank.
+    """
+    samples = phase == "train" or bool(config.evaluation.files)
+    problems = [
+        *_numbers(config),
+        *_files(config, phase),
+        *_world(config, world_size),
+        *_batches(config, phase),
+        *_optional_parts(config),
+    ]
+    if samples:
+        problems += _rollout_world(config, world_size)
+    if shape is None and config.model.path:
+        try:
+            shape = read_model_shape(config.model.path)
+        except ConfigError as error:
+            problems += error.problems
+    if shape is not None:
+        problems += _actor_shape(config, shape)
+        if samples:
+            problems += _rollout_shape(config, shape, device)
+    if problems:
+        raise ConfigError(problems)
+
+
+def sequences_per_update(config: RunConfig, phase: Phase) -> int:
+    """Sequences of one optimizer update, over all ranks."""
+    answers = config.rollout.num_samples if phase == "train" else 1
+    return config.train.prompts_per_update * answers
+
+
+def _numbers(config: RunConfig) -> Iterator[str]:
+    for name, number in chain(_sizes(config), _optional_sizes(config)):
+        if number < 1:
+            yield f"{name}: found {number}, expected at least 1"
+    for name, value in _positive(config):
+        if value <= 0:
+            yield f"{name}: found {value:g}, expected more than 0"
+    for name, value in _non_negative(config):
+        if value < 0:
+            yield f"{name}: found {value:g}, expected 0 or more"
+    yield from _ranges(config)
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    shares = (
+        ("rollout.top_p", config.rollout.top_p),
+        ("rollout.gpu_memory_utilization", config.rollout.gpu_memory_utilization),
+        ("evaluation.top_p", config.evaluation.top_p),
+    )
+    for name, share in shares:
+        if not 0 < share <= 1:
+            yield f"{name}: found {share:g}, expected more than 0 and at most 1"
+    for name, beta in (("train.beta1", config.train.beta1), ("train.beta2", config.train.beta2)):
+        if not 0 <= beta < 1:
+            yield f"{name}: found {beta:g}, expected at least 0 and below 1"
+    if config.train.lr_min_ratio > 1:
+        yield f"train.lr_min_ratio: found {config.train.lr_min_ratio:g}, expected at most 1"
+    if not 0 <= config.seed < 2**32:
+        yield f"seed: found {config.seed}, expected 0 or more and below 2**32"
+
+
+def _sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
+    return (
+        ("model.vocab_multiple", config.model.vocab_multiple),
+        ("parallel.tp", config.parallel.tp),
+        ("parallel.pp", config.parallel.pp),
+        ("parallel.dp", config.parallel.dp),
+        ("rollout.tp", config.rollout.tp),
+        ("rollout.num_samples", config.rollout.num_samples),
+        ("rollout.max_prompt_tokens", config.rollout.max_prompt_tokens),
+        ("rollout.max_response_tokens", config.rollout.max_response_tokens),
+        ("rollout.max_num_seqs", config.rollout.max_num_seqs),
+        ("rollout.annealing.epochs", config.rollout.annealing.epochs),
+        ("train.epochs", config.train.epochs),
+        ("train.prompts_per_step", config.train.prompts_per_step),
+        ("train.prompts_per_update", config.train.prompts_per_update),
+        ("train.micro_batch_size", config.train.micro_batch_size),
+        ("evaluation.num_samples", config.evaluation.num_samples),
+        ("evaluation.grader_workers", config.evaluation.grader_workers),
+        ("sync.bucket_mib", config.sync.bucket_mib),
+        ("logging.every", config.logging.every),
+    )
+
+
+def _optional_sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
+    sizes = (
+        ("train.steps", config.train.steps),
+        ("rollout.annealing.steps", config.rollout.annealing.steps),
+        ("evaluation.max_problems", config.evaluation.max_problems),
+    )
+    return ((name, size) for name, size in sizes if size is not None)
+
+
+def _positive(config: RunConfig) -> Iterable[tuple[str, float]]:
+    limits = (
+        ("sync.max_logprob_diff", config.sync.max_logprob_diff),
+        ("sync.mean_logprob_diff", config.sync.mean_logprob_diff),
+    )
+    return (
+        ("algorithm.tau_train", config.algorithm.tau_train),
+        ("rollout.tau_sample", config.rollout.tau_sample),
+        ("rollout.annealing.end_tau", config.rollout.annealing.end_tau),
+        ("rollout.kv_cache_gib", config.rollout.kv_cache_gib),
+        ("parallel.timeout_minutes", config.parallel.timeout_minutes),
+        ("train.eps", config.train.eps),
+        ("evaluation.grader_timeout_s", config.evaluation.grader_timeout_s),
+        ("checkpoint.max_shard_gib", config.checkpoint.max_shard_gib),
+        *((name, limit) for name, limit in limits if limit is not None),
+    )
+
+
+def _non_negative(config: RunConfig) -> Iterable[tuple[str, float]]:
+    return (
+        ("rollout.top_k", config.rollout.top_k),
+        ("train.lr", config.train.lr),
+        ("train.lr_warmup_steps", config.train.lr_warmup_steps),
+        ("train.lr_min_ratio", config.train.lr_min_ratio),
+        ("train.weight_decay", config.train.weight_decay),
+        ("train.clip_grad", config.train.clip_grad),
+        ("evaluation.every", config.evaluation.every),
+        ("evaluation.temperature", config.evaluation.temperature),
+        *(("evaluation.baseline_temperatures", t) for t in config.evaluation.baseline_temperatures),
+        ("checkpoint.every", config.checkpoint.every),
+    )
+
+
+def _files(config: RunConfig, phase: Phase) -> Iterator[str]:
+    if not config.model.path:
+        yield "model.path: not set; expected a Hugging Face model folder"
+    if not config.data.train:
+        yield "data.train: not set; expected a parquet file"
+    elif not Path(config.data.train).is_file():
+        yield f"data.train: {config.data.train!r} is not a file; expected a parquet file"
+    for file in config.evaluation.files:
+        if not Path(file).is_file():
+            yield f"evaluation.files: {file!r} is not a file; expected parquet files"
+    template = config.data.chat_template
+    if template is not None and not Path(template).is_file():
+        yield f"data.chat_template: {template!r} is not a file; expected a Jinja template"
+    if not config.data.prompt_key:
+        yield "data.prompt_key: not set; expected a column name"
+    if phase == "sft" and not config.data.response_key:
+        yield "data.response_key: not set; expected a column name"
+    if not config.output_dir:
+        yield "output_dir: not set; expected the folder that the run writes"
+
+
+def _world(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    tp, pp, dp = config.parallel.tp, config.parallel.pp, config.parallel.dp
+    if config.parallel.sequence_parallel and tp == 1:
+        yield "parallel.sequence_parallel: needs parallel.tp > 1, found 1"
+    if min(tp, pp, dp) < 1 or world_size is None or world_size == tp * pp * dp:
+        return
+    if world_size % (tp * pp) == 0:
+        advice = f"change parallel.dp to {world_size // (tp * pp)}"
+    else:
+        advice = f"change parallel.tp and parallel.pp (tp * pp = {tp * pp} does not divide it)"
+    yield (
+        f"parallel: tp * pp * dp = {tp} * {pp} * {dp} = {tp * pp * dp}, but the world has "
+        f"{world_size} processes; start {tp * pp * dp} processes or {advice}"
+    )
+
+
+def _rollout_world(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    parallel, tp = config.parallel, config.rollout.tp
+    world = parallel.tp * parallel.pp * parallel.dp if world_size is None else world_size
+    if world >= 1 and not _divides(tp, world):
+        yield (
+            f"rollout.tp: {tp} does not divide the world of {world} processes; "
+            f"choose one of {_listed(divisors(world))}"
+        )
+
+
+def _batches(config: RunConfig, phase: Phase) -> Iterator[str]:
+    train, dp = config.train, config.parallel.dp
+    if not _divides(train.prompts_per_update, train.prompts_per_step):
+        near = nearest(train.prompts_per_update, divisors(train.prompts_per_step))
+        yield (
+            f"train.prompts_per_update: {train.prompts_per_update} does not divide "
+            f"train.prompts_per_step = {train.prompts_per_step}; nearest that do: {_listed(near)}"
+        )
+    answers = config.rollout.num_samples if phase == "train" else 1
+    sequences = sequences_per_update(config, phase)
+    unit = dp * train.micro_batch_size
+    if min(train.prompts_per_update, answers, dp, train.micro_batch_size) < 1:
+        return
+    if sequences % unit == 0:
+        return
+    formula = f"prompts_per_update = {sequences}"
+    if phase == "train":
+        formula = (
+            "prompts_per_update * rollout.num_samples = "
+            f"{train.prompts_per_update} * {answers} = {sequences}"
+        )
+    yield (
+        f"train.prompts_per_update: an update has {formula} sequences, not a multiple of "
+        f"parallel.dp * train.micro_batch_size = {dp} * {train.micro_batch_size} = {unit}; "
+        f"{_batch_advice(config, sequences, answers, unit)}"
+    )
+
+
+def _batch_advice(config: RunConfig, sequences: int, answers: int, unit: int) -> str:
+    """The nearest values of single options that make the whole batch arithmetic come out."""
+    train, dp = config.train, config.parallel.dp
+    step = unit // math.gcd(unit, answers)
+    prompts = [n for n in divisors(train.prompts_per_step) if n % step == 0]
+    if prompts:
+        near = _listed(nearest(train.prompts_per_update, prompts))
+        advice = f"nearest train.prompts_per_update that works: {near}"
+    else:
+        advice = f"make train.prompts_per_step and prompts_per_update multiples of {step}"
+    if sequences % dp == 0:
+        micro = _listed(nearest(train.micro_batch_size, divisors(sequences // dp)))
+        advice += f"; nearest train.micro_batch_size that works: {micro}"
+    return advice
+
+
+def _actor_shape(config: RunConfig, shape: ModelShape) -> Iterator[str]:
+    tp, pp = config.parallel.tp, config.parallel.pp
+    yield from _tensor_parallel("parallel.tp", tp, shape)
+    if not _divides(pp, shape.num_layers):
+        yield _does_not_divide("parallel.pp", pp, "layers", shape.num_layers)
+    # Without a rollout too: the sum is the longest example that `osft sft` trains on.
+    rollout = config.rollout
+    tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if tokens > shape.max_position:
+        yield (
+            "rollout.max_response_tokens: max_prompt_tokens + max_response_tokens = "
+            f"{rollout.max_prompt_tokens} + {rollout.max_response_tokens} = {tokens}, but the "
+            f"model has {shape.max_position} positions"
+        )
+
+
+def _tensor_parallel(option: str, tp: int, shape: ModelShape) -> Iterator[str]:
+    """What Megatron-Core 0.16.1 (TransformerConfig) and vLLM 0.32.0 both demand of a TP size."""
+    if not _divides(tp, shape.num_heads):
+        yield _does_not_divide(option, tp, "attention heads", shape.num_heads)
+    if not _divides(tp, shape.num_kv_heads) and not _divides(shape.num_kv_heads, tp):
+        yield (
+            f"{option}: {tp} neither divides nor is a multiple of the model's "
+            f"{shape.num_kv_heads} key-value heads"
+        )
+    if not _divides(tp, shape.ffn):
+        yield _does_not_divide(option, tp, "feed-forward units", shape.ffn)
+
+
+def _rollout_shape(config: RunConfig, shape: ModelShape, device: str) -> Iterator[str]:
+    yield from _tensor_parallel("rollout.tp", config.rollout.tp, shape)
+    if device == "cpu" and shape.head_dim not in CPU_HEAD_DIMS:
+        yield (
+            f"model.path: the model's head_dim is {shape.head_dim}; vLLM's CPU build supports "
+            f"{_listed(CPU_HEAD_DIMS)}; choose another model or run on a GPU"
+        )
+
+
+def _optional_parts(config: RunConfig) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.every > 0 and not evaluation.files:
+        yield (
+            f"evaluation.every: found {evaluation.every}, but evaluation.files is empty; "
+            "name the files or set evaluation.every=0"
+        )
+    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        yield "logging.wandb: the package wandb is not installed; install it or set it to false"
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """Positive divisors, ascending; none for numbers below 1."""
+    small = [n for n in range(1, math.isqrt(max(number, 0)) + 1) if number % n == 0]
+    return tuple(sorted({*small, *(number // n for n in small)}))
+
+
+def nearest(wanted: int, allowed: Iterable[int]) -> tuple[int, ...]:
+    """The neighbours of `wanted` in `allowed`: the closest below (or equal) and above."""
+    values = sorted(allowed)
+    below = [value for value in values if value <= wanted]
+    above = [value for value in values if value > wanted]
+    return (*below[-1:], *above[:1])
+
+
+def _divides(part: int, whole: int) -> bool:
+    """True also where a size is below 1: that is its own problem, reported once."""
+    return part < 1 or whole < 1 or whole % part == 0
+
+
+def _does_not_divide(option: str, size: int, noun: str, count: int) -> str:
+    near = _listed(nearest(size, divisors(count)))
+    return f"{option}: {size} does not divide the model's {count} {noun}; nearest that do: {near}"
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(str(value) for value in values)

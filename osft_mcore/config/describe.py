@@ -1,0 +1,190 @@
+"""What --dry-run prints: the resolved config, the rank layout and the batch arithmetic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from osft_mcore.config.check import Phase, sequences_per_update
+from osft_mcore.config.load import to_yaml
+from osft_mcore.config.schema import RunConfig
+
+
+class RankPlace(Protocol):
+    """One rank's place in the actor's and the rollout's layout."""
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        ...
+
+    @property
+    def tp_rank(self) -> int:
+        """Rank in the actor's tensor-parallel group."""
+        ...
+
+    @property
+    def dp_rank(self) -> int:
+        """Rank in the actor's data-parallel group."""
+        ...
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage."""
+        ...
+
+    @property
+    def replica(self) -> int:
+        """Rollout replica."""
+        ...
+
+    @property
+    def rollout_tp_rank(self) -> int:
+        """Rank in the replica's tensor-parallel group."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchArithmetic:
+    """How a rollout batch is cut into updates, ranks and micro-batches."""
+
+    prompts_per_step: int
+    updates_per_step: int
+    sequences_per_update: int
+    """Over all ranks."""
+    sequences_per_dp_rank: int
+    """Of one update."""
+    micro_batches: int
+    """Forward passes of one rank in one update."""
+    steps_per_epoch: int | None
+    """None: the size of the data set is not known. An incomplete last batch is dropped."""
+    steps: int | None
+    """Of the whole run; None: follows from the data set, whose size is not known."""
+
+
+def batch_arithmetic(
+    config: RunConfig, *, phase: Phase, num_prompts: int | None = None
+) -> BatchArithmetic:
+    """Arithmetic of a config that passed `check`; `num_prompts` is the size of the data set."""
+    train = config.train
+    sequences = sequences_per_update(config, phase)
+    per_rank = sequences // config.parallel.dp
+    per_epoch = None if num_prompts is None else num_prompts // train.prompts_per_step
+    steps = train.steps
+    if steps is None and per_epoch is not None:
+        steps = train.epochs * per_epoch
+    return BatchArithmetic(
+        prompts_per_step=train.prompts_per_step,
+        updates_per_step=train.prompts_per_step // train.prompts_per_update,
+        sequences_per_update=sequences,
+        sequences_per_dp_rank=per_rank,
+        micro_batches=per_rank // train.micro_batch_size,
+        steps_per_epoch=per_epoch,
+        steps=steps,
+    )
+
+
+def describe(
+    config: RunConfig,
+    *,
+    phase: Phase,
+    ranks: Sequence[RankPlace],
+    num_prompts: int | None = None,
+) -> str:
+    """All that --dry-run prints, for a config that passed `check`."""
+    return "\n".join(
+        (
+            "# Config",
+            to_yaml(config),
+            "# Ranks",
+            rank_table(ranks),
+            "# Batches",
+            batch_table(config, phase=phase, num_prompts=num_prompts),
+        )
+    )
+
+
+def rank_table(ranks: Sequence[RankPlace]) -> str:
+    """One line per rank: its actor shard and its rollout replica."""
+    header = ("rank", "tp", "dp", "pp", "rollout replica", "rollout tp")
+    rows = [(r.rank, r.tp_rank, r.dp_rank, r.pp_rank, r.replica, r.rollout_tp_rank) for r in ranks]
+    lines = [header, *(tuple(str(number) for number in row) for row in rows)]
+    return "".join(
+        "  ".join(cell.rjust(len(name)) for cell, name in zip(line, header, strict=True)) + "\n"
+        for line in lines
+    )
+
+
+def batch_table(config: RunConfig, *, phase: Phase, num_prompts: int | None = None) -> str:
+    """One line per quantity: its value, the numbers it comes from, the options behind them."""
+    train, dp = config.train, config.parallel.dp
+    batch = batch_arithmetic(config, phase=phase, num_prompts=num_prompts)
+    samples = phase == "train"
+    lines = [
+        ("prompts a step", batch.prompts_per_step, "", "train.prompts_per_step"),
+        (
+            "optimizer updates a step",
+            batch.updates_per_step,
+            f"{train.prompts_per_step} / {train.prompts_per_update}",
+            "train.prompts_per_step / train.prompts_per_update",
+        ),
+        (
+            "sequences an update",
+            batch.sequences_per_update,
+            f"{train.prompts_per_update} * {config.rollout.num_samples}" if samples else "",
+            "train.prompts_per_update" + (" * rollout.num_samples" if samples else ""),
+        ),
+        (
+            "sequences a data-parallel rank",
+            batch.sequences_per_dp_rank,
+            f"{batch.sequences_per_update} / {dp}",
+            "sequences an update / parallel.dp",
+        ),
+        (
+            "micro-batches a rank and update",
+            batch.micro_batches,
+            f"{batch.sequences_per_dp_rank} / {train.micro_batch_size}",
+            "sequences a rank / train.micro_batch_size",
+        ),
+        *_length_lines(config, batch, num_prompts),
+    ]
+    return _aligned(lines)
+
+
+def _length_lines(
+    config: RunConfig, batch: BatchArithmetic, num_prompts: int | None
+) -> list[tuple[str, int, str, str]]:
+    lines = []
+    if batch.steps_per_epoch is not None:
+        lines.append(
+            (
+                "steps an epoch",
+                batch.steps_per_epoch,
+                f"{num_prompts} / {batch.prompts_per_step}",
+                "prompts in data.train / train.prompts_per_step, rounded down",
+            )
+        )
+    if batch.steps is not None:
+        from_epochs = config.train.steps is None
+        numbers = f"{config.train.epochs} * {batch.steps_per_epoch}" if from_epochs else ""
+        source = "train.epochs * steps an epoch" if from_epochs else "train.steps"
+        lines.append(("steps", batch.steps, numbers, source))
+        lines.append(
+            (
+                "optimizer updates",
+                batch.steps * batch.updates_per_step,
+                f"{batch.steps} * {batch.updates_per_step}",
+                "steps * updates a step",
+            )
+        )
+    return lines
+
+
+def _aligned(lines: Sequence[tuple[str, int, str, str]]) -> str:
+    names = max(len(name) for name, *_ in lines)
+    values = max(len(str(value)) for _, value, *_ in lines)
+    formulas = max(len(numbers) for _, _, numbers, _ in lines)
+    return "".join(
+        f"{name:<{names}}  {value:>{values}} {'=' if numbers else ' '} {numbers:<{formulas}}  "
+        f"{source}\n"
+        for name, value, numbers, source in lines
+    )

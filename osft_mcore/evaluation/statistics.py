@@ -1,0 +1,86 @@
+"""Percentile bootstrap over problems: how far a mean would move with other problems."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_CHUNK_DRAWS = 2_000_000
+"""Random problem indices held at once; bounds memory at 16 MB whatever the problem count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A two-sided confidence interval."""
+
+    low: float
+    high: float
+
+
+def bootstrap_ci(
+    values: Sequence[float], *, seed: int, num_resamples: int = 10_000, level: float = 0.95
+) -> Interval:
+    """Interval of the mean of `values`, one value per problem."""
+    return stratified_ci((values,), seed=seed, num_resamples=num_resamples, level=level)
+
+
+def paired_gain_ci(
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    seed: int,
+    num_resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Interval of mean(after) - mean(before), the same problems in the same order.
+
+    Pairing resamples the per-problem differences, so that how hard a problem is cancels out.
+    """
+    return bootstrap_ci(
+        _differences(before, after), seed=seed, num_resamples=num_resamples, level=level
+    )
+
+
+def stratified_ci(
+    groups: Sequence[Sequence[float]],
+    *,
+    seed: int,
+    num_resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Interval of the unweighted mean over groups of each group's mean.
+
+    Problems are redrawn inside their own group: which benchmarks are averaged is no accident.
+    """
+    if not groups or any(len(group) == 0 for group in groups):
+        raise ValueError("a bootstrap needs at least one group and one value in every group")
+    if num_resamples < 1 or not 0.0 < level < 1.0:
+        raise ValueError(
+            f"need num_resamples >= 1 and 0 < level < 1, got {num_resamples=}, {level=}"
+        )
+    rng = np.random.default_rng(seed)
+    means = np.mean([_resampled_means(group, rng, num_resamples) for group in groups], axis=0)
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(means, (tail, 1.0 - tail))
+    return Interval(low=float(low), high=float(high))
+
+
+def _differences(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    if len(before) != len(after):
+        raise ValueError(
+            f"a paired bootstrap needs the same problems twice, got {len(before)} and {len(after)}"
+        )
+    return [new - old for old, new in zip(before, after, strict=True)]
+
+
+def _resampled_means(
+    values: Sequence[float], rng: np.random.Generator, num_resamples: int
+) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    rows = max(1, MAX_CHUNK_DRAWS // array.size)
+    chunks = [
+        array[rng.integers(array.size, size=(min(rows, num_resamples - start), array.size))].mean(1)
+        for start in range(0, num_resamples, rows)
+    ]
+    return np.concatenate(chunks)
