@@ -60,6 +60,8 @@ class Example:
     """Log-probabilities to hold the actor's against; None for given answers."""
     replica: int = 0
     """Rollout replica that sampled it."""
+    trained: bool = True
+    """False keeps it out of the loss (an answer cut off by the token limit, if so chosen)."""
 
     @property
     def num_tokens(self) -> int:

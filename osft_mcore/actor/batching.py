@@ -1,0 +1,95 @@
+"""From examples to micro-batches of tensors; pure, the same on every rank.
+
+Shape suffixes: B sequences, S positions, T response tokens of the micro-batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from osft_mcore.config.schema import AlgorithmConfig
+from osft_mcore.loss.objectives import batch_weights
+from osft_mcore.records import Example
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One forward pass: right-padded sequences and the flat list of their response tokens."""
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+    predictor_T: Tensor
+    """Index into B*S of the position whose output predicts each response token."""
+    targets_T: Tensor
+    weights_T: Tensor
+    """Weight of each token in the loss of the whole optimizer batch."""
+    rollout_logprobs_T: Tensor
+    """What the rollout engine saw; NaN for given answers."""
+    replicas_T: Tensor
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on `device`."""
+        return MicroBatch(**{name: getattr(self, name).to(device) for name in self.__slots__})
+
+
+def micro_batches(
+    examples: Sequence[Example],
+    *,
+    dp: int,
+    dp_rank: int,
+    micro_batch_size: int,
+    pad_to_multiple: int,
+    algorithm: AlgorithmConfig,
+    max_response_tokens: int,
+) -> list[MicroBatch]:
+    """This data-parallel rank's micro-batches of one optimizer batch.
+
+    Weights come from the whole batch, so they do not depend on how it is split unless
+    algorithm.normalization says so. len(examples) must be a multiple of dp * micro_batch_size.
+    """
+    assert len(examples) % (dp * micro_batch_size) == 0, "config/check.py lets only this through"
+    groups = [
+        examples[start : start + micro_batch_size]
+        for start in range(0, len(examples), micro_batch_size)
+    ]
+    weights = batch_weights(
+        [[len(e.response_token_ids) if e.trained else 0 for e in group] for group in groups],
+        aggregation=algorithm.aggregation,
+        normalization=algorithm.normalization,
+        max_response_tokens=max_response_tokens,
+    )
+    return [
+        collate(groups[i], weights[i], pad_to_multiple=pad_to_multiple)
+        for i in range(dp_rank, len(groups), dp)
+    ]
+
+
+def collate(
+    examples: Sequence[Example], weights: Sequence[float], *, pad_to_multiple: int
+) -> MicroBatch:
+    """Pad on the right; causal attention then never looks at padding from a real token."""
+    longest = max(example.num_tokens for example in examples)
+    width = -(-longest // pad_to_multiple) * pad_to_multiple
+    tokens_BS = torch.zeros(len(examples), width, dtype=torch.long)
+    predictors, targets, token_weights, logprobs, replicas = [], [], [], [], []
+    for row, (example, weight) in enumerate(zip(examples, weights, strict=True)):
+        ids = example.prompt_token_ids + example.response_token_ids
+        tokens_BS[row, : len(ids)] = torch.tensor(ids)
+        num_prompt, num_response = len(example.prompt_token_ids), len(example.response_token_ids)
+        first = row * width + num_prompt - 1
+        predictors += range(first, first + num_response)
+        targets += example.response_token_ids
+        token_weights += [weight] * num_response
+        logprobs += example.rollout_logprobs or [float("nan")] * num_response
+        replicas += [example.replica] * num_response
+    return MicroBatch(
+        tokens_BS=tokens_BS,
+        positions_BS=torch.arange(width).expand(len(examples), width).contiguous(),
+        predictor_T=torch.tensor(predictors),
+        targets_T=torch.tensor(targets),
+        weights_T=torch.tensor(token_weights, dtype=torch.float32),
+        rollout_logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
+        replicas_T=torch.tensor(replicas),
+    )

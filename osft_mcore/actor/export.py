@@ -1,0 +1,83 @@
+"""Writes the actor's weights as a Hugging Face folder that transformers and vLLM load."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from osft_mcore.actor.actor import Actor
+from osft_mcore.weights.execute import execute
+from osft_mcore.weights.layout import Layout
+from osft_mcore.weights.params import hf_layouts
+from osft_mcore.weights.plan import make_plan
+from osft_mcore.weights.safetensors_io import save_hf
+from osft_mcore.weights.schedule import make_schedule
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+def export_hf(actor: Actor, folder: str | Path, *, max_shard_bytes: int, bucket_bytes: int) -> None:
+    """Write `folder` as a whole: it appears under its name when every file is complete.
+
+    Every rank must call; rank 0 writes and holds at most one shard of the model at a time.
+    """
+    target = Path(folder)
+    building = target.with_name(target.name + ".tmp")
+    tensors = _gather(actor, max_shard_bytes=max_shard_bytes, bucket_bytes=bucket_bytes)
+    if actor.context.rank != 0:
+        for _ in tensors:
+            pass
+        return
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    save_hf(building, tensors, shape=actor.shape, max_shard_bytes=max_shard_bytes)
+    _copy_side_files(Path(actor.config.model.path), building, dtype=actor.dtype)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(building, target)
+
+
+def _gather(
+    actor: Actor, *, max_shard_bytes: int, bucket_bytes: int
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the checkpoint, whole, on rank 0; the others only take part."""
+    context = actor.context
+    sources = {rank: actor.layouts_of(rank) for rank in range(context.topology.world_size)}
+    for layouts in _portions(hf_layouts(actor.shape), max_shard_bytes // actor.dtype.itemsize):
+        plan = make_plan(sources, {0: layouts})
+        schedule = make_schedule(plan, context.rank, dtype=actor.dtype, bucket_bytes=bucket_bytes)
+        received = {
+            name: torch.empty(layout.shape, dtype=actor.dtype, device=context.device)
+            for name, layout in (layouts.items() if context.rank == 0 else ())
+        }
+        execute(schedule, actor.parameters(), received, group=context.world_group)
+        for name, tensor in received.items():
+            yield name, tensor.cpu()
+
+
+def _portions(layouts: Mapping[str, Layout], max_elements: int) -> Iterator[dict[str, Layout]]:
+    portion: dict[str, Layout] = {}
+    size = 0
+    for name, layout in layouts.items():
+        num_elements = layout.shape[layout.dim] * layout.row_elements
+        if portion and size + num_elements > max_elements:
+            yield portion
+            portion, size = {}, 0
+        portion[name] = layout
+        size += num_elements
+    yield portion
+
+
+def _copy_side_files(source: Path, target: Path, *, dtype: torch.dtype) -> None:
+    """Tokenizer, generation config, chat template: everything of the base model but weights."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name != "config.json":
+            shutil.copyfile(path, target / path.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

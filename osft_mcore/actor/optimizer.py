@@ -1,0 +1,61 @@
+"""Megatron-Core's distributed data parallel wrapper and optimizer, set up for this project."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch import nn
+
+from osft_mcore.config.schema import TrainConfig
+
+
+def wrap_data_parallel(stage: nn.Module, *, distributed_optimizer: bool) -> nn.Module:
+    """Gradient buckets in fp32, summed (never averaged) over data-parallel ranks.
+
+    Token weights are global, so the sum over ranks is already the gradient of the batch loss.
+    """
+    config: Any = stage.config
+    wrapped: nn.Module = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=distributed_optimizer,
+            overlap_grad_reduce=False,
+            check_for_nan_in_grad=True,
+        ),
+        stage,
+    )
+    config.finalize_model_grads_func = _finalize_without_rescaling
+    return wrapped
+
+
+def build_optimizer(
+    wrapped: nn.Module, train: TrainConfig, *, dtype: torch.dtype, distributed_optimizer: bool
+) -> Any:
+    """AdamW with fp32 copies of the weights that `wrapped` holds now. Every rank must call."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
+        adam_eps=train.eps,
+        clip_grad=train.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, [wrapped])
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Use `lr` from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+
+
+def _finalize_without_rescaling(model: Any, _num_tokens: Any = None, **kwargs: Any) -> None:
+    """Reduce gradients; skip the division by a token count, which the token weights contain."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,189 @@
+"""Builds this rank's Megatron-Core GPTModel stage; its output is hidden states, not logits."""
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from osft_mcore.config.model_shape import ModelShape
+from osft_mcore.errors import ConfigError
+from osft_mcore.model.local_spec import RmsNorm, local_layer_spec
+from osft_mcore.parallel.cpu import megatron_device
+from osft_mcore.parallel.groups import ParallelContext
+
+LLAMA3_LOW_FREQ, LLAMA3_HIGH_FREQ, LLAMA3_ORIGINAL_POSITIONS = 1.0, 4.0, 8192
+"""What Megatron-Core 0.16.1 hard-codes for Llama 3.x rope scaling."""
+
+
+def uses_transformer_engine() -> bool:
+    """True where layers are Transformer Engine's: installed, and a CUDA device to run it on."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def kernels_in_use() -> dict[str, str]:
+    """Which implementation serves each part of the actor, for the start-up report."""
+    engine = uses_transformer_engine()
+    apex = importlib.util.find_spec("amp_C") is not None
+    adam = "torch AdamW"
+    if torch.cuda.is_available():
+        adam = "Transformer Engine FusedAdam" if engine else "apex FusedAdam" if apex else adam
+    return {
+        "layers": "Transformer Engine" if engine else "Megatron-Core local",
+        "attention": "Transformer Engine" if engine else "torch scaled_dot_product_attention",
+        "norm": "Transformer Engine" if engine else "torch rms_norm",
+        "adam": adam,
+        "loss": "torch, chunked over tokens, vocab-parallel",
+    }
+
+
+def padded_vocab(vocab: int, *, multiple: int, tp: int) -> int:
+    """Vocabulary rows of the actor, padding included."""
+    step = multiple * tp
+    return -(-vocab // step) * step
+
+
+def build_stage(
+    shape: ModelShape,
+    context: ParallelContext,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    vocab_multiple: int,
+) -> nn.Module:
+    """This rank's pipeline stage, weights uninitialised. Every rank must call.
+
+    The stage maps token ids (first stage) or hidden states to hidden states; on the last stage
+    `output_weight` gives the vocabulary shard that turns them into logits.
+    """
+    _check_rope(shape)
+    topology = context.topology
+    with megatron_device():
+        config = transformer_config(
+            shape, context, dtype=dtype, sequence_parallel=sequence_parallel
+        )
+        model = GPTModel(
+            config,
+            _layer_spec(shape, num_local_layers=shape.num_layers // topology.pp),
+            vocab_size=padded_vocab(shape.vocab, multiple=vocab_multiple, tp=topology.tp),
+            max_sequence_length=shape.max_position,
+            pre_process=context.is_first_stage,
+            post_process=context.is_last_stage,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="rope",
+            rotary_base=int(shape.rope_theta),
+            rope_scaling=shape.rope_scaling is not None,
+            rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 8.0,
+        )
+    _mark_tensor_parallel(model)
+    if context.is_last_stage:
+        # The loss multiplies by the vocabulary shard chunk by chunk; logits never exist whole.
+        model.output_layer.forward = _hidden_states_unchanged
+    stage: nn.Module = model.to(context.device)
+    return stage
+
+
+def output_weight(stage: nn.Module) -> Tensor:
+    """The last stage's vocabulary shard [V, H]: the output layer's, or the tied embedding's."""
+    model: Any = stage
+    while not isinstance(model, GPTModel):
+        model = model.module
+    if model.share_embeddings_and_output_weights:
+        weight: Tensor = model.shared_embedding_or_output_weight()
+    else:
+        weight = model.output_layer.weight
+    return weight
+
+
+def _mark_tensor_parallel(model: nn.Module) -> None:
+    """Mark sharded weights, which Megatron-Core does only while it initialises them itself.
+
+    Unmarked, a shard counts as a copy, and the gradient norm leaves out all but rank 0's.
+    """
+    shard_dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        dim = shard_dims.get(type(module))
+        if dim is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+
+def _hidden_states_unchanged(hidden: Tensor, **_unused: Any) -> tuple[Tensor, None]:
+    return hidden, None
+
+
+def transformer_config(
+    shape: ModelShape, context: ParallelContext, *, dtype: torch.dtype, sequence_parallel: bool
+) -> TransformerConfig:
+    """Megatron-Core's configuration of a dense decoder in the Qwen / Llama style."""
+    engine = uses_transformer_engine()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=context.topology.tp,
+        pipeline_model_parallel_size=context.topology.pp,
+        sequence_parallel=sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        variable_seq_lengths=context.topology.pp > 1,
+        # Unused by a dense model, but the default refuses variable lengths.
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_comm=context.device.type == "cuda",
+        # Token weights already hold every normalisation, so nothing may divide the loss again.
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=context.device.type == "cpu",
+        gradient_accumulation_fusion=engine,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=engine,
+        persist_layer_norm=engine,
+    )
+
+
+def _layer_spec(
+    shape: ModelShape, *, num_local_layers: int
+) -> ModuleSpec | TransformerBlockSubmodules:
+    if uses_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+    layers = [local_layer_spec(qk_norm=shape.qk_norm)] * num_local_layers
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RmsNorm)
+
+
+def _check_rope(shape: ModelShape) -> None:
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return
+    found = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position)
+    expected = (LLAMA3_LOW_FREQ, LLAMA3_HIGH_FREQ, LLAMA3_ORIGINAL_POSITIONS)
+    if found != expected:
+        raise ConfigError(
+            "model.path: rope scaling with (low_freq_factor, high_freq_factor, "
+            f"original_max_position_embeddings) = {found}; Megatron-Core supports {expected}"
+        )

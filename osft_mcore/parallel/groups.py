@@ -1,0 +1,138 @@
+"""Process groups: the only place that touches torch.distributed's and Megatron's globals."""
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+from osft_mcore.errors import ConfigError
+from osft_mcore.parallel.cpu import megatron_device
+from osft_mcore.parallel.topology import Coordinates, Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelContext:
+    """This rank's place and its groups; handed down, never looked up."""
+
+    topology: Topology
+    coordinates: Coordinates
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    world_group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.coordinates.rank
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where the embedding lives."""
+        return self.coordinates.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the loss is computed."""
+        return self.coordinates.pp_rank == self.topology.pp - 1
+
+
+def launched_world_size() -> int | None:
+    """World size that torchrun or srun announced; None outside a launcher."""
+    value = os.environ.get("WORLD_SIZE")
+    return int(value) if value else None
+
+
+def launched_rank() -> int:
+    """Global rank that the launcher announced; 0 outside a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def parallel_context(topology: Topology, *, timeout_minutes: float) -> Iterator[ParallelContext]:
+    """Join the process groups of the launcher's world, and leave them at the end.
+
+    Every rank must call, under torchrun (or anything that sets its variables).
+    Raises ConfigError if the world does not fit the topology.
+    """
+    world_size = launched_world_size() or 1
+    if world_size != topology.world_size:
+        raise ConfigError(
+            f"parallel: found {world_size} processes, expected tp*pp*dp = "
+            f"{topology.tp}*{topology.pp}*{topology.dp} = {topology.world_size}"
+        )
+    device = _claim_device()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield join_groups(topology, device=device)
+    finally:
+        parallel_state.destroy_model_parallel()
+        # Closing a rollout engine already takes the world down.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_groups(topology: Topology, *, device: torch.device) -> ParallelContext:
+    """Make Megatron's groups over the initialised world. Collective over the world."""
+    with megatron_device():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=topology.tp, pipeline_model_parallel_size=topology.pp
+        )
+        # Weights are loaded and dropout is off, so no random number is ever drawn; this tracker's
+        # forks do nothing, on any device.
+        initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    coordinates = topology.coordinates(dist.get_rank())
+    world = dist.group.WORLD
+    assert world is not None, "initialize_model_parallel needs an initialised world"
+    context = ParallelContext(
+        topology=topology,
+        coordinates=coordinates,
+        device=device,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        world_group=world,
+    )
+    found = (context.tp_group.rank(), context.pp_group.rank(), context.dp_group.rank())
+    expected = (coordinates.tp_rank, coordinates.pp_rank, coordinates.dp_rank)
+    assert found == expected, f"Megatron's rank order changed: {found} is not {expected}"
+    return context
+
+
+def all_gather_json(value: Any, context: ParallelContext) -> list[Any]:
+    """One JSON-able value per rank, by rank. Collective over the world; no pickle."""
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    payload = payload.to(context.device)
+    size = torch.tensor([payload.numel()], device=context.device)
+    sizes = [torch.zeros_like(size) for _ in range(context.topology.world_size)]
+    dist.all_gather(sizes, size, group=context.world_group)
+    longest = max(int(s) for s in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=context.device)
+    padded[: payload.numel()] = payload
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=context.world_group)
+    return [
+        json.loads(bytes(part[: int(length)].cpu().numpy()).decode())
+        for part, length in zip(gathered, sizes, strict=True)
+    ]
+
+
+def _claim_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,159 @@
+"""The law of the project: results do not depend on the parallel layout."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import save_random_model
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.export import export_hf
+from osft_mcore.config.model_shape import read_model_shape
+from osft_mcore.config.schema import (
+    AlgorithmConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from osft_mcore.parallel.groups import join_groups
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.records import Example
+
+# (tp, pp, dp, micro-batch size)
+LAYOUTS = [(1, 1, 1, 4), (2, 1, 1, 2), (1, 2, 1, 1), (1, 1, 2, 1), (2, 2, 1, 2), (2, 1, 2, 1)]
+NUM_STEPS = 3
+# Adam's first steps are lr * sign(gradient): an element whose gradient is all rounding noise moves
+# by up to lr in either direction, so the bound on weights (1e-5) needs an lr near it.
+LR = 1e-4
+
+
+def examples(num: int, vocab: int) -> list[Example]:
+    rng = random.Random(5)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(vocab) for _ in range(rng.randint(low, high)))
+
+    return [
+        Example(prompt_token_ids=ids(1, 6), response_token_ids=ids(1, 12), trained=i % 5 != 4)
+        for i in range(num)
+    ]
+
+
+def train(
+    rank: int,
+    folder: Path,
+    out: Path,
+    layout: tuple[int, int, int, int],
+    algorithm: AlgorithmConfig,
+    **parallel: Any,
+) -> list[tuple[float, float, float, float]]:
+    tp, pp, dp, micro_batch_size = layout
+    context = join_groups(Topology(tp=tp, pp=pp, dp=dp), device=torch.device("cpu"))
+    config = RunConfig(
+        model=ModelConfig(path=str(folder), dtype="fp32"),
+        parallel=ParallelConfig(tp=tp, pp=pp, dp=dp, **parallel),
+        train=TrainConfig(lr=LR, micro_batch_size=micro_batch_size, clip_grad=0.5),
+        algorithm=algorithm,
+    )
+    actor = Actor(read_model_shape(folder), config, context)
+    batch = examples(16, actor.shape.vocab)
+    results = [actor.update(batch, tau_sample=0.6, lr=LR) for _ in range(NUM_STEPS)]
+    export_hf(actor, out, max_shard_bytes=2**30, bucket_bytes=2**12)
+    return [(r.loss, r.grad_norm, r.nll, r.entropy) for r in results]
+
+
+def run(
+    folder: Path,
+    out: Path,
+    layout: tuple[int, int, int, int],
+    algorithm: AlgorithmConfig | None = None,
+    **parallel: Any,
+) -> tuple[list[tuple[float, ...]], dict[str, torch.Tensor]]:
+    by_rank = run_ranks(
+        train,
+        layout[0] * layout[1] * layout[2],
+        folder=folder,
+        out=out,
+        layout=layout,
+        algorithm=algorithm or AlgorithmConfig(),
+        **parallel,
+    )
+    assert all(part == by_rank[0] for part in by_rank), "every rank reports the same figures"
+    return by_rank[0], load_file(out / "model.safetensors")
+
+
+def assert_same(
+    found: tuple[list[tuple[float, ...]], dict[str, torch.Tensor]],
+    expected: tuple[list[tuple[float, ...]], dict[str, torch.Tensor]],
+) -> None:
+    for step, (ours, theirs) in enumerate(zip(found[0], expected[0], strict=True)):
+        for name, a, b, tolerance in zip(
+            ("loss", "grad_norm", "nll", "entropy"), ours, theirs, (1e-6, 1e-5, 1e-6, 1e-6),
+            strict=True,
+        ):  # fmt: skip
+            assert a == pytest.approx(b, rel=tolerance), f"step {step}: {name}"
+    assert found[1].keys() == expected[1].keys()
+    for name, tensor in found[1].items():
+        difference = float((tensor - expected[1][name]).abs().max())
+        assert difference <= 1e-5, f"{name}: {difference}"
+
+
+@pytest.fixture(scope="module", params=["qwen2_tied", "qwen3_untied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kind, tied = request.param.split("_")
+    return save_random_model(
+        tmp_path_factory.mktemp(request.param), kind, tied=tied == "tied", vocab=67
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[tuple[float, ...]], dict[str, torch.Tensor]]:
+    return run(model, tmp_path_factory.mktemp("reference") / "hf", LAYOUTS[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_training_is_the_same_in_every_layout(
+    model: Path, reference: Any, tmp_path: Path, layout: tuple[int, int, int, int]
+) -> None:
+    assert_same(run(model, tmp_path / "hf", layout), reference)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [((2, 1, 1, 2), {"sequence_parallel": True}), ((2, 2, 1, 1), {"sequence_parallel": True}),
+     ((1, 1, 2, 2), {"distributed_optimizer": False})],
+    ids=["tp2_sp", "tp2_pp2_sp", "dp2_plain_optimizer"],
+)  # fmt: skip
+def test_switches_change_nothing(
+    model: Path,
+    reference: Any,
+    tmp_path: Path,
+    layout: tuple[int, int, int, int],
+    options: dict[str, bool],
+) -> None:
+    assert_same(run(model, tmp_path / "hf", layout, **options), reference)
+
+
+@pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum-norm"])
+def test_aggregations_are_layout_independent(
+    model: Path, tmp_path: Path, aggregation: Any
+) -> None:
+    algorithm = AlgorithmConfig(aggregation=aggregation, tau_train=0.8)
+    one = run(model, tmp_path / "one", (1, 1, 1, 8), algorithm)
+    assert_same(run(model, tmp_path / "two", (2, 1, 2, 2), algorithm), one)
+
+
+def test_per_microbatch_averaging_depends_on_the_split(model: Path, tmp_path: Path) -> None:
+    algorithm = AlgorithmConfig(normalization="per_microbatch")
+    small, _ = run(model, tmp_path / "small", (1, 1, 1, 2), algorithm)
+    large, _ = run(model, tmp_path / "large", (1, 1, 1, 16), algorithm)
+    over_ranks, _ = run(model, tmp_path / "ranks", (1, 1, 2, 2), algorithm)
+    assert small[0][0] != pytest.approx(large[0][0], rel=1e-4)
+    assert small[0][0] == pytest.approx(over_ranks[0][0], rel=1e-6)
