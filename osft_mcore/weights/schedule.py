@@ -1,0 +1,178 @@
+"""One rank's part of a plan, as rounds of messages under a byte cap; computed once, no data."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from osft_mcore.errors import WeightError
+from osft_mcore.weights.plan import Copy, Padding, ReshardPlan, Shapes
+
+PIECES_PER_BUCKET = 4
+"""A copy is split to at most this share of a bucket, so that peers are served side by side."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Rows of one parameter inside a message, at `offset` elements."""
+
+    param: str
+    dim: int
+    start: int
+    length: int
+    offset: int
+    num_elements: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What one pair of ranks exchanges in one round, as one flat run of elements."""
+
+    peer: int
+    num_elements: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """Messages in flight together; together at most the bucket size."""
+
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSchedule:
+    """All that one rank does in a transfer, in order.
+
+    Rounds are numbered over all ranks and each message is in the same round on both ends, so a
+    rank in the lowest unfinished round only waits for ranks in that same round: no deadlock.
+    """
+
+    rank: int
+    dtype: torch.dtype
+    """Of every source parameter, and of every message."""
+    local: tuple[Copy, ...]
+    paddings: tuple[Padding, ...]
+    rounds: tuple[Round, ...]
+    bucket_elements: int
+    """Largest round of this rank: the whole extra memory of a transfer."""
+    source_shapes: Shapes
+    target_shapes: Shapes
+
+
+def make_schedule(
+    plan: ReshardPlan, rank: int, *, dtype: torch.dtype, bucket_bytes: int
+) -> RankSchedule:
+    """Cut the plan into rounds in which no rank sends and receives more than `bucket_bytes`.
+
+    Every rank must pass the same plan, dtype and bucket size. Raises WeightError if one row of
+    one parameter is larger than the bucket.
+    """
+    cap = bucket_bytes // dtype.itemsize
+    rounds = _assign_rounds(_split(plan.copies, cap), cap)
+    mine = [_round(copies, rank) for copies in rounds]
+    busy = tuple(r for r in mine if r.sends or r.receives)
+    return RankSchedule(
+        rank=rank,
+        dtype=dtype,
+        local=tuple(c for c in plan.copies if c.src_rank == c.dst_rank == rank),
+        paddings=tuple(p for p in plan.paddings if p.rank == rank),
+        rounds=busy,
+        bucket_elements=max(
+            (sum(m.num_elements for m in (*r.sends, *r.receives)) for r in busy), default=0
+        ),
+        source_shapes=plan.source_shapes.get(rank, {}),
+        target_shapes=plan.target_shapes.get(rank, {}),
+    )
+
+
+def _split(copies: Sequence[Copy], cap: int) -> list[tuple[Copy, int, int]]:
+    """Remote copies as (copy, first row, rows) within the cap, serving all pairs in turn."""
+    queues: dict[tuple[int, int], list[tuple[Copy, int, int]]] = defaultdict(list)
+    for copy in copies:
+        if copy.src_rank == copy.dst_rank:
+            continue
+        if copy.row_elements > cap:
+            raise WeightError(
+                f"one row of {copy.src_param!r} has {copy.row_elements} elements, more than the "
+                f"{cap} that fit into a bucket; raise sync.bucket_mib"
+            )
+        step = max(1, cap // PIECES_PER_BUCKET // copy.row_elements)
+        queue = queues[copy.src_rank, copy.dst_rank]
+        for first in range(0, copy.length, step):
+            queue.append((copy, first, min(step, copy.length - first)))
+    num_ranks = 1 + max((rank for pair in queues for rank in pair), default=0)
+    turns = [
+        (turn, (dst - src) % num_ranks, src, piece)
+        for (src, dst), queue in queues.items()
+        for turn, piece in enumerate(queue)
+    ]
+    turns.sort(key=lambda entry: entry[:3])
+    return [piece for *_, piece in turns]
+
+
+def _assign_rounds(
+    pieces: Sequence[tuple[Copy, int, int]], cap: int
+) -> list[list[tuple[Copy, int, int]]]:
+    """Put each piece into the first round where both of its ranks have room."""
+    rounds: list[list[tuple[Copy, int, int]]] = []
+    room: list[dict[int, int]] = []
+    first_open: dict[int, int] = defaultdict(int)
+    for piece in pieces:
+        copy, _, length = piece
+        size = length * copy.row_elements
+        ranks = (copy.src_rank, copy.dst_rank)
+        at = max(first_open[rank] for rank in ranks)
+        while at < len(rounds) and any(room[at].get(rank, cap) < size for rank in ranks):
+            at += 1
+        if at == len(rounds):
+            rounds.append([])
+            room.append({})
+        rounds[at].append(piece)
+        for rank in ranks:
+            room[at][rank] = room[at].get(rank, cap) - size
+            # A nearly full round is not looked at again: keeps the search linear.
+            while (
+                first_open[rank] < len(rounds)
+                and room[first_open[rank]].get(rank, cap) < cap // PIECES_PER_BUCKET
+            ):
+                first_open[rank] += 1
+    return rounds
+
+
+def _round(pieces: Sequence[tuple[Copy, int, int]], rank: int) -> Round:
+    """The messages of one rank in one round, by peer; both ends list pieces in the same order."""
+    sends: dict[int, list[tuple[Copy, int, int]]] = defaultdict(list)
+    receives: dict[int, list[tuple[Copy, int, int]]] = defaultdict(list)
+    for piece in pieces:
+        if piece[0].src_rank == rank:
+            sends[piece[0].dst_rank].append(piece)
+        elif piece[0].dst_rank == rank:
+            receives[piece[0].src_rank].append(piece)
+    return Round(sends=_messages(sends, sending=True), receives=_messages(receives, sending=False))
+
+
+def _messages(
+    by_peer: Mapping[int, Sequence[tuple[Copy, int, int]]], *, sending: bool
+) -> tuple[Message, ...]:
+    messages = []
+    for peer in sorted(by_peer):
+        sizes = [length * copy.row_elements for copy, _, length in by_peer[peer]]
+        pieces = tuple(
+            Piece(
+                param=copy.src_param if sending else copy.dst_param,
+                dim=copy.dim,
+                start=first + (copy.src_start if sending else copy.dst_start),
+                length=length,
+                offset=offset,
+                num_elements=size,
+            )
+            for (copy, first, length), size, offset in zip(
+                by_peer[peer], sizes, accumulate(sizes, initial=0), strict=False
+            )
+        )
+        messages.append(Message(peer=peer, num_elements=sum(sizes), pieces=pieces))
+    return tuple(messages)

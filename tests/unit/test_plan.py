@@ -1,0 +1,372 @@
+"""Properties of plans and schedules that hold for any two layouts."""
+
+import dataclasses
+from collections import Counter, defaultdict
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from layouts import model
+
+from osft_mcore.config.model_shape import ModelShape
+from osft_mcore.errors import WeightError
+from osft_mcore.weights.layout import Interval, Layout
+from osft_mcore.weights.params import hf_layouts, megatron_layouts, vllm_layouts
+from osft_mcore.weights.plan import Layouts, ReshardPlan, check_all_used, make_plan
+from osft_mcore.weights.schedule import Message, RankSchedule, make_schedule
+
+ITEM = torch.float32.itemsize
+settings.register_profile(
+    "plans", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("plans")
+
+
+def layout_of(intervals: list[Interval], dim: int, across: int) -> Layout:
+    length = sum(interval.length for interval in intervals)
+    shape = (length, across) if dim == 0 else (across, length)
+    return Layout(shape=shape, dim=dim, intervals=tuple(intervals))
+
+
+@st.composite
+def sides(draw: st.DrawFn, *, replicas: bool = True) -> tuple[Layouts, Layouts]:
+    """Two arbitrary layouts of the same tensors: cut anywhere, fused anyhow, padded, replicated."""
+    sizes = draw(st.lists(st.integers(1, 30), min_size=1, max_size=4))
+    dim, across = draw(st.sampled_from([0, 1])), draw(st.integers(1, 3))
+    both = []
+    for _ in range(2):
+        num_ranks = draw(st.integers(1, 4))
+        params: dict[int, dict[str, list[Interval]]] = {rank: {} for rank in range(num_ranks)}
+        pieces = []
+        for number, size in enumerate(sizes):
+            edges = draw(st.sets(st.integers(1, size), max_size=4)) | {0, size}
+            bounds = sorted(edges)
+            for low, high in pairwise(bounds):
+                pieces.append(Interval(f"t{number}", low, high))
+        pieces = draw(st.permutations(pieces))
+        for piece in pieces:
+            count = draw(st.integers(1, 2)) if replicas else 1
+            ranks = draw(st.permutations(range(num_ranks)))[:count]
+            name = draw(st.sampled_from(["a", "b"]))
+            for rank in ranks:
+                params[rank].setdefault(name, []).append(piece)
+                if draw(st.booleans()):
+                    params[rank][name].append(Interval(None, 0, draw(st.integers(1, 3))))
+        both.append(
+            {
+                rank: {name: layout_of(rows, dim, across) for name, rows in of_rank.items()}
+                for rank, of_rank in params.items()
+            }
+        )
+    return both[0], both[1]
+
+
+def labels(layout: Layout) -> list[tuple[str, int] | None]:
+    """The Hugging Face (tensor, row) in each row of a parameter; None is padding."""
+    return [
+        None if interval.tensor is None else (interval.tensor, row)
+        for interval in layout.intervals
+        for row in range(interval.start, interval.stop)
+    ]
+
+
+Rows = dict[int, dict[str, list[tuple[str, int] | None]]]
+
+
+def contents(side: Layouts) -> Rows:
+    return {
+        rank: {name: labels(layout) for name, layout in layouts.items()}
+        for rank, layouts in side.items()
+    }
+
+
+def carry_out(plan: ReshardPlan, source: Rows, targets: Layouts) -> Rows:
+    """Apply a plan to labelled rows; fails if a row is written twice or not at all."""
+    blank = "not written"
+    out = {
+        rank: {name: [blank] * at.shape[at.dim] for name, at in layouts.items()}
+        for rank, layouts in targets.items()
+    }
+    for copy in plan.copies:
+        target = out[copy.dst_rank][copy.dst_param]
+        rows = slice(copy.dst_start, copy.dst_start + copy.length)
+        assert target[rows] == [blank] * copy.length
+        values = source[copy.src_rank][copy.src_param]
+        target[rows] = values[copy.src_start : copy.src_start + copy.length]
+    for padding in plan.paddings:
+        target = out[padding.rank][padding.param]
+        rows = slice(padding.start, padding.start + padding.length)
+        assert target[rows] == [blank] * padding.length
+        target[rows] = [None] * padding.length
+    return out
+
+
+@given(sides())
+def test_every_row_is_written_once_and_with_the_right_rows(both: tuple[Layouts, Layouts]) -> None:
+    sources, targets = both
+    plan = make_plan(sources, targets)
+    check_all_used(sources, plan)
+    assert carry_out(plan, contents(sources), targets) == contents(targets)
+
+
+@given(sides())
+def test_there_and_back_is_the_identity(both: tuple[Layouts, Layouts]) -> None:
+    a, b = both
+    there = carry_out(make_plan(a, b), contents(a), b)
+    assert carry_out(make_plan(b, a), there, a) == contents(a)
+
+
+@given(sides())
+def test_nothing_moves_that_its_rank_already_holds(both: tuple[Layouts, Layouts]) -> None:
+    sources, targets = both
+    traffic = make_plan(sources, targets).traffic()
+    held = {
+        rank: {row for p in params.values() for row in p}
+        for rank, params in contents(sources).items()
+    }
+    for rank, params in contents(targets).items():
+        rows = [row for p in params.values() for row in p if row is not None]
+        across = next((at.row_elements for at in targets[rank].values()), 0)
+        missing = sum(row not in held.get(rank, set()) for row in rows)
+        assert traffic[rank].received == missing * across
+        assert traffic[rank].local == (len(rows) - missing) * across
+    assert sum(t.sent for t in traffic.values()) == sum(t.received for t in traffic.values())
+
+
+@given(sides(), st.integers(3, 40))
+def test_schedules_move_the_plan_within_the_cap_and_never_wait_for_each_other(
+    both: tuple[Layouts, Layouts], cap: int
+) -> None:
+    sources, targets = both
+    plan = make_plan(sources, targets)
+    ranks = plan.traffic()
+    schedules = {
+        rank: make_schedule(plan, rank, dtype=torch.float32, bucket_bytes=cap * ITEM)
+        for rank in ranks
+    }
+    for rank, schedule in schedules.items():
+        assert schedule.bucket_elements <= cap
+        messages = [turn.sends for turn in schedule.rounds]
+        sent = sum(message.num_elements for sends in messages for message in sends)
+        assert sent == ranks[rank].sent
+        assert sum(copy.num_elements for copy in schedule.local) == ranks[rank].local
+    remote = {
+        (c.src_rank, c.src_param, c.src_start + i, c.dst_rank, c.dst_param, c.dst_start + i)
+        for c in plan.copies
+        if c.src_rank != c.dst_rank
+        for i in range(c.length)
+    }
+    pairs = matched(schedules)
+    arrived = Counter(
+        (src, one.param, one.start + i, dst, other.param, other.start + i)
+        for (src, dst), matches in pairs.items()
+        for _, _, sent, received in matches
+        for one, other in zip(sent.pieces, received.pieces, strict=True)
+        for i in range(one.length)
+    )
+    assert arrived == Counter(remote)
+    play(schedules, pairs)
+
+
+Matches = dict[tuple[int, int], list[tuple[int, int, Message, Message]]]
+
+
+def matched(schedules: dict[int, RankSchedule]) -> Matches:
+    """Per (src, dst), the k-th message sent and the k-th received, and in which turns they are."""
+    sends, receives = defaultdict(list), defaultdict(list)
+    for rank, schedule in schedules.items():
+        for at, turn in enumerate(schedule.rounds):
+            for message in turn.sends:
+                sends[rank, message.peer].append((at, message))
+            for message in turn.receives:
+                receives[message.peer, rank].append((at, message))
+    pairs: Matches = defaultdict(list)
+    for pair in {*sends, *receives}:
+        for (at, sent), (other_at, received) in zip(sends[pair], receives[pair], strict=True):
+            assert sent.num_elements == received.num_elements
+            assert [(p.offset, p.length) for p in sent.pieces] == [
+                (p.offset, p.length) for p in received.pieces
+            ]
+            pairs[pair].append((at, other_at, sent, received))
+    return pairs
+
+
+def play(schedules: dict[int, RankSchedule], pairs: Matches) -> None:
+    """Run all ranks with unbuffered messages, a turn ending when all its messages have met."""
+    waits = defaultdict(list)
+    for (src, dst), matches in pairs.items():
+        for at, other_at, _, _ in matches:
+            waits[src, at].append((dst, other_at))
+            waits[dst, other_at].append((src, at))
+    at = dict.fromkeys(schedules, 0)
+    running = {rank for rank, schedule in schedules.items() if schedule.rounds}
+    while running:
+        done = {r for r in running if all(at[peer] >= turn for peer, turn in waits[r, at[r]])}
+        assert done, f"deadlock in turns {at}"
+        for rank in done:
+            at[rank] += 1
+        running = {rank for rank in running if at[rank] < len(schedules[rank].rounds)}
+
+
+def rows(tensor: str, start: int, stop: int, *, across: int = 2, dim: int = 0) -> Layout:
+    return layout_of([Interval(tensor, start, stop)], dim, across)
+
+
+def test_rows_that_nobody_holds_are_all_named() -> None:
+    sources = {0: {"p": rows("t", 0, 4)}, 1: {"p": rows("t", 6, 8)}}
+    targets = {0: {"q": rows("t", 0, 10)}, 1: {"r": rows("u", 0, 3)}}
+    with pytest.raises(WeightError) as caught:
+        make_plan(sources, targets)
+    assert str(caught.value).splitlines() == [
+        "rank 0: 'q' needs rows 4:6 of 't', which no source holds",
+        "rank 0: 'q' needs rows 8:10 of 't', which no source holds",
+        "rank 1: 'r' needs rows 0:3 of 'u', which no source holds",
+    ]
+
+
+@pytest.mark.parametrize("other", [{"dim": 1}, {"across": 3}])
+def test_sides_that_cut_a_tensor_differently_are_refused(other: dict[str, int]) -> None:
+    sources = {0: {"p": rows("t", 0, 2)}}
+    with pytest.raises(WeightError, match=r"'t' is cut along dim 0 .* but 'q' has it"):
+        make_plan(sources, {0: {"q": rows("t", 0, 2, **other)}})
+    with pytest.raises(WeightError, match=r"'t' is cut along dim 0 .* but 'q' has it"):
+        make_plan({**sources, 1: {"q": rows("t", 0, 2, **other)}}, {})
+
+
+def test_source_rows_that_reach_no_target_are_named() -> None:
+    sources = {0: {"p": rows("t", 0, 10)}, 1: {"p": rows("u", 0, 2)}}
+    plan = make_plan(sources, {0: {"q": rows("t", 0, 7)}, 2: {"q": rows("t", 5, 9)}})
+    with pytest.raises(WeightError) as caught:
+        check_all_used(sources, plan)
+    assert str(caught.value).splitlines() == [
+        "1 rows of 't' reach no target, the first is row 9",
+        "2 rows of 'u' reach no target, the first is row 0",
+    ]
+
+
+def test_a_layout_must_fill_its_shape() -> None:
+    with pytest.raises(WeightError, match=r"shape \(3, 2\) cannot hold 4 rows along dim 0"):
+        Layout(shape=(3, 2), dim=0, intervals=(Interval("t", 0, 4),))
+
+
+def test_replicas_share_the_sending() -> None:
+    sources = {rank: {f"p{i}": rows(f"t{i}", 0, 5) for i in range(12)} for rank in range(4)}
+    targets = {rank: {f"p{i}": rows(f"t{i}", 0, 5) for i in range(12)} for rank in range(4, 10)}
+    traffic = make_plan(sources, targets).traffic()
+    assert {traffic[rank].sent for rank in range(4)} == {6 * 12 * 5 * 2 // 4}
+
+
+def test_adjacent_rows_become_one_copy() -> None:
+    gate_up = [Interval("gate", 4, 8), Interval("up", 4, 8)]
+    side = {1: {"fc1": layout_of(gate_up, 0, 2)}}
+    (copy,) = make_plan(side, {0: {"gate_up": layout_of(gate_up, 0, 2)}}).copies
+    assert (copy.src_start, copy.dst_start, copy.length) == (0, 0, 8)
+
+
+def test_the_digest_tells_plans_apart() -> None:
+    def digest(stop: int, name: str = "q") -> str:
+        return make_plan({0: {"p": rows("t", 0, 9)}}, {1: {name: rows("t", 0, stop)}}).digest
+
+    assert digest(5) == digest(5)
+    assert len({digest(5), digest(6), digest(5, "r")}) == 3
+
+
+def test_a_row_larger_than_the_bucket_is_refused() -> None:
+    plan = make_plan({0: {"p": rows("t", 0, 2, across=5)}}, {1: {"p": rows("t", 0, 2, across=5)}})
+    with pytest.raises(WeightError, match=r"one row of 'p' has 5 elements.*sync\.bucket_mib"):
+        make_schedule(plan, 0, dtype=torch.float32, bucket_bytes=4 * ITEM)
+
+
+def big(num_heads: int, num_kv_heads: int, ffn: int, hidden: int, vocab: int) -> ModelShape:
+    shape = dataclasses.replace(model("llama"), num_layers=4, head_dim=128, ffn=ffn, hidden=hidden)
+    return dataclasses.replace(shape, num_heads=num_heads, num_kv_heads=num_kv_heads, vocab=vocab)
+
+
+QWEN25_7B = big(28, 4, 18944, 3584, 152064)
+QWEN3_8B = big(32, 8, 12288, 4096, 151936)
+LLAMA3_70B = big(64, 8, 28672, 8192, 128256)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tp", "pp", "rollout_tp"),
+    [
+        (QWEN25_7B, 4, 2, 2),
+        (QWEN25_7B, 2, 2, 4),
+        (QWEN3_8B, 2, 4, 8),
+        (LLAMA3_70B, 8, 2, 8),
+        (LLAMA3_70B, 8, 2, 4),
+        (LLAMA3_70B, 4, 4, 8),
+    ],
+)
+def test_real_shapes_move_the_least_bytes_within_the_bucket(
+    shape: ModelShape, tp: int, pp: int, rollout_tp: int
+) -> None:
+    world = tp * pp
+    sources = {
+        pp_rank * tp + tp_rank: megatron_layouts(
+            shape,
+            tp=tp,
+            tp_rank=tp_rank,
+            pp=pp,
+            pp_rank=pp_rank,
+            vocab_padded=-(-shape.vocab // (128 * tp)) * 128 * tp,
+            transformer_engine=False,
+        )
+        for pp_rank in range(pp)
+        for tp_rank in range(tp)
+    }
+    targets = {
+        rank: vllm_layouts(
+            shape,
+            tp=rollout_tp,
+            tp_rank=rank % rollout_tp,
+            vocab_padded=-(-shape.vocab // 64) * 64,
+        )
+        for rank in range(world)
+    }
+    plan = make_plan(sources, targets)
+    check_all_used(sources, plan)
+    traffic = plan.traffic()
+    for rank in range(world):
+        assert traffic[rank].received == elements_not_held(sources[rank], targets[rank])
+    bucket = 64 * 2**20
+    schedule = make_schedule(plan, 1, dtype=torch.bfloat16, bucket_bytes=bucket)
+    moved = (traffic[1].sent + traffic[1].received) * 2
+    assert schedule.bucket_elements * 2 <= bucket
+    # Rounds are well filled: no more than twice what the busiest rank needs at the cap.
+    busiest = max(t.sent + t.received for t in traffic.values()) * 2
+    assert moved <= busiest
+    assert len(schedule.rounds) <= 2 * -(-busiest // bucket) + 1
+
+
+def elements_not_held(held: dict[str, Layout], wanted: dict[str, Layout]) -> int:
+    spans = defaultdict(list)
+    for layout in held.values():
+        for interval in layout.intervals:
+            spans[interval.tensor].append((interval.start, interval.stop))
+    total = 0
+    for layout in wanted.values():
+        for interval in layout.intervals:
+            if interval.tensor is None:
+                continue
+            inside = sum(
+                max(0, min(interval.stop, stop) - max(interval.start, start))
+                for start, stop in spans[interval.tensor]
+            )
+            total += (interval.length - inside) * layout.row_elements
+    return total
+
+
+def test_export_fills_every_tensor_from_two_stages() -> None:
+    shape = model("qwen3", tied=True)
+    where = [{"tp": 2, "tp_rank": t, "pp": 2, "pp_rank": p} for p in range(2) for t in range(2)]
+    sources = {
+        rank: megatron_layouts(shape, **at, vocab_padded=256, transformer_engine=True)
+        for rank, at in enumerate(where)
+    }
+    targets = {0: hf_layouts(shape)}
+    plan = make_plan(sources, targets)
+    check_all_used(sources, plan)
+    assert carry_out(plan, contents(sources), targets) == contents(targets)
