@@ -69,6 +69,9 @@ def _child(
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
         result = fn(rank, **kwargs)
         (folder / f"result_{rank}").write_bytes(pickle.dumps(result))
+        if dist.is_initialized():
+            # Rank 0 hosts the store: if it left first, the others' last calls would fail.
+            dist.barrier()
         status = 0
     except BaseException:
         (folder / f"error_{rank}").write_text(traceback.format_exc())

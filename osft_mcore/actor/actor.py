@@ -25,8 +25,8 @@ from osft_mcore.model.build import (
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.records import Example
-from osft_mcore.weights.params import megatron_layouts
 from osft_mcore.weights.fill import random_into
+from osft_mcore.weights.params import megatron_layouts
 from osft_mcore.weights.safetensors_io import load_into
 
 

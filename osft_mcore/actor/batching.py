@@ -73,7 +73,11 @@ def collate(
     longest = max(example.num_tokens for example in examples)
     width = -(-longest // pad_to_multiple) * pad_to_multiple
     tokens_BS = torch.zeros(len(examples), width, dtype=torch.long)
-    predictors, targets, token_weights, logprobs, replicas = [], [], [], [], []
+    predictors: list[int] = []
+    targets: list[int] = []
+    token_weights: list[float] = []
+    logprobs: list[float] = []
+    replicas: list[int] = []
     for row, (example, weight) in enumerate(zip(examples, weights, strict=True)):
         ids = example.prompt_token_ids + example.response_token_ids
         tokens_BS[row, : len(ids)] = torch.tensor(ids)

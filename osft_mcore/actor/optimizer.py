@@ -1,5 +1,6 @@
 """Megatron-Core's distributed data parallel wrapper and optimizer, set up for this project."""
 
+import math
 from typing import Any
 
 import torch
@@ -34,7 +35,10 @@ def wrap_data_parallel(stage: nn.Module, *, distributed_optimizer: bool) -> nn.M
 def build_optimizer(
     wrapped: nn.Module, train: TrainConfig, *, dtype: torch.dtype, distributed_optimizer: bool
 ) -> Any:
-    """AdamW with fp32 copies of the weights that `wrapped` holds now. Every rank must call."""
+    """AdamW with fp32 copies of the weights that `wrapped` holds now. Every rank must call.
+
+    Weight decay is for matrices alone: biases and norms (every 1-D parameter) have none.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -42,12 +46,17 @@ def build_optimizer(
         adam_beta1=train.beta1,
         adam_beta2=train.beta2,
         adam_eps=train.eps,
-        clip_grad=train.clip_grad,
+        # 0 turns clipping off, but the norm is reported all the same.
+        clip_grad=train.clip_grad or math.inf,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=distributed_optimizer,
     )
-    return get_megatron_optimizer(config, [wrapped])
+    optimizer = get_megatron_optimizer(config, [wrapped])
+    for group in optimizer.param_groups:
+        # Megatron-Core leaves this to its scheduler, which is not used here.
+        group["weight_decay"] = train.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

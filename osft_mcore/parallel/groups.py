@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.topology import Coordinates, Topology
+from osft_mcore.parallel.world import launched_world_size, local_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,17 +44,6 @@ class ParallelContext:
     def is_last_stage(self) -> bool:
         """True where the loss is computed."""
         return self.coordinates.pp_rank == self.topology.pp - 1
-
-
-def launched_world_size() -> int | None:
-    """World size that torchrun or srun announced; None outside a launcher."""
-    value = os.environ.get("WORLD_SIZE")
-    return int(value) if value else None
-
-
-def launched_rank() -> int:
-    """Global rank that the launcher announced; 0 outside a launcher."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
@@ -133,6 +122,6 @@ def all_gather_json(value: Any, context: ParallelContext) -> list[Any]:
 def _claim_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device

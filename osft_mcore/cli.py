@@ -1,0 +1,127 @@
+"""Entry point: `osft train`, `osft sft`; starts the ranks itself when no launcher did."""
+
+# torch, Megatron-Core and vLLM take seconds to import, and a mistake in the options should not:
+# they are imported inside functions, after the options are known to be good.
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from osft_mcore.config.check import Phase, check
+from osft_mcore.config.describe import describe
+from osft_mcore.config.load import load_config
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.errors import OsftError
+from osft_mcore.parallel.topology import Topology
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(given)
+    phase: Phase = arguments.command
+    try:
+        config = load_config(arguments.overrides, arguments.config_dir)
+        topology = _topology(config, phase)
+        world_size = _checked_world_size(config, phase)
+    except OsftError as error:
+        _report(error)
+        return error.exit_code
+    if arguments.dry_run:
+        places = topology.all_coordinates()
+        sys.stdout.write(describe(config, phase=phase, ranks=places) + "\n")
+        return 0
+    if world_size is None:
+        from osft_mcore.parallel.launch import launch
+
+        return launch(given, num_processes=topology.world_size)
+    _run_rank(config, phase, topology)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="osft", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "online SFT: sample, train, sync, repeat"),
+        ("sft", "supervised fine-tuning on given answers"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+        command.add_argument("--config-dir", type=Path, help="folder to use instead of conf/")
+        command.add_argument("overrides", nargs="*", metavar="option=value")
+    return parser
+
+
+def _topology(config: RunConfig, phase: Phase) -> Topology:
+    parallel = config.parallel
+    rollout_tp = config.rollout.tp if phase == "train" else 1
+    return Topology(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, rollout_tp=rollout_tp)
+
+
+def _checked_world_size(config: RunConfig, phase: Phase) -> int | None:
+    from osft_mcore.parallel.world import device_type, launched_world_size
+
+    world_size = launched_world_size()
+    check(config, world_size=world_size, phase=phase, device=device_type())
+    return world_size
+
+
+def _run_rank(config: RunConfig, phase: Phase, topology: Topology) -> None:
+    """The program of one rank. Leaves the process at once on an error, so that no peer waits."""
+    _silence_libraries()
+    from osft_mcore.log.console import Console
+    from osft_mcore.parallel.groups import parallel_context
+
+    try:
+        with parallel_context(topology, timeout_minutes=config.parallel.timeout_minutes) as context:
+            console = Console(enabled=context.rank == 0, progress=config.logging.progress)
+            if phase == "train":
+                from osft_mcore.train.osft import run_osft
+
+                run_osft(config, context, console)
+            else:
+                from osft_mcore.train.sft import run_sft
+
+                run_sft(config, context, console)
+    except OsftError as error:
+        _report(error)
+        _leave(error.exit_code)
+    except BaseException:
+        sys.stderr.write(f"[rank {os.environ.get('RANK')}] {traceback.format_exc()}")
+        _leave(1)
+
+
+def _silence_libraries() -> None:
+    """Megatron-Core and vLLM tell every rank what they lack and how they start."""
+    warnings.filterwarnings("ignore", module=r"megatron|torch|vllm|transformers")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for name in ("megatron", "vllm", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _report(error: OsftError) -> None:
+    """The whole error from one rank of each host; one line from the others, in case it is theirs
+    alone."""
+    from osft_mcore.parallel.world import launched_rank, local_rank
+
+    if local_rank() == 0:
+        sys.stderr.write(f"osft: {type(error).__name__}\n{error}\n")
+    else:
+        sys.stderr.write(f"[rank {launched_rank()}] {type(error).__name__}: see rank 0\n")
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: tearing down process groups could wait for ranks that are already gone.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""One record of metrics a step: metrics.jsonl always, wandb if asked."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from osft_mcore.config.schema import LoggingConfig
+from osft_mcore.log.run_folder import RunFolder
+
+
+class Clock:
+    """Seconds per phase of a step and of the whole run."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self._step: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to `phase`."""
+        started = time.monotonic()
+        yield
+        elapsed = time.monotonic() - started
+        for book in (self.totals, self._step):
+            book[phase] = book.get(phase, 0.0) + elapsed
+
+    def flush(self) -> dict[str, float]:
+        """`time/<phase>_s` since the last flush."""
+        taken = {f"time/{phase}_s": seconds for phase, seconds in self._step.items()}
+        self._step = {}
+        return taken
+
+
+class MetricsLog:
+    """Appends metrics to the run folder and mirrors them to wandb."""
+
+    def __init__(self, folder: RunFolder, logging: LoggingConfig) -> None:
+        self._folder = folder
+        self._wandb: Any = None
+        if logging.wandb and folder.writer:
+            import wandb  # optional dependency; checked at start by config/check.py
+
+            self._wandb = wandb.init(project=logging.wandb_project, dir=folder.path)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line for `step`."""
+        self._folder.append_line("metrics.jsonl", {"step": step, **metrics})
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Finish the sinks."""
+        if self._wandb is not None:
+            self._wandb.finish()

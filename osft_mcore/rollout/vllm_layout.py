@@ -1,0 +1,21 @@
+"""How vLLM lays out a model over its tensor-parallel ranks."""
+
+from collections.abc import Mapping
+
+from osft_mcore.config.model_shape import ModelShape
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.weights.layout import Layout
+from osft_mcore.weights.params import vllm_layouts
+
+VOCAB_PADDING = 64
+"""vLLM's DEFAULT_VOCAB_PADDING_SIZE."""
+
+
+def engine_layouts(shape: ModelShape, topology: Topology) -> dict[int, Mapping[str, Layout]]:
+    """Layouts of every rank's engine parameters, by global rank and vLLM name."""
+    padded = -(-shape.vocab // VOCAB_PADDING) * VOCAB_PADDING
+    by_tp_rank = [
+        vllm_layouts(shape, tp=topology.rollout_tp, tp_rank=tp_rank, vocab_padded=padded)
+        for tp_rank in range(topology.rollout_tp)
+    ]
+    return {place.rank: by_tp_rank[place.rollout_tp_rank] for place in topology.all_coordinates()}
