@@ -42,12 +42,20 @@ class MetricsLog:
             import wandb  # optional dependency; checked at start by config/check.py
 
             self._wandb = wandb.init(project=logging.wandb_project, dir=folder.path)
+            # A step may be scored several times, which wandb's own step counter cannot express.
+            self._wandb.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for `step`."""
         self._folder.append_line("metrics.jsonl", {"step": step, **metrics})
         if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+            self._wandb.log({"step": step, **metrics})
+
+    def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line in evaluations.jsonl: a step may be scored at several temperatures."""
+        self._folder.append_line("evaluations.jsonl", {"step": step, **metrics})
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **metrics})
 
     def close(self) -> None:
         """Finish the sinks."""

@@ -1,0 +1,137 @@
+"""Reading parquet files: the columns, rows and values that a run needs, or why it cannot."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from osft_mcore.data.tokenizer import Message
+from osft_mcore.errors import DataError
+
+NUM_ROWS_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFile:
+    """A data file and the option that names it; both go into every error message."""
+
+    path: Path
+    option: str
+
+    def error(self, problem: str) -> DataError:
+        """The error to raise about this file."""
+        return DataError(f"{self.option}: {self.path}: {problem}")
+
+
+@dataclass(slots=True)
+class RowProblems:
+    """Collects what is wrong with single rows, to report them together."""
+
+    file: DataFile
+    reasons: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, row: int, reason: str) -> None:
+        """Note that `row` cannot be used."""
+        self.reasons.append((row, reason))
+
+    def raise_if_any(self, num_rows: int) -> None:
+        """Raise DataError with the first rows and the total count."""
+        if not self.reasons:
+            return
+        shown = "; ".join(f"row {row}: {reason}" for row, reason in self.reasons[:NUM_ROWS_SHOWN])
+        more = len(self.reasons) - NUM_ROWS_SHOWN
+        raise self.file.error(
+            f"{len(self.reasons)} of {num_rows} rows cannot be used: {shown}"
+            + (f"; and {more} more" if more > 0 else "")
+        )
+
+
+def data_sha256(file: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_table(
+    file: DataFile, required: Sequence[str], optional: Sequence[str], limit: int | None
+) -> pa.Table:
+    """Read the first `limit` rows of the named columns; an absent optional one is left out."""
+    try:
+        with pq.ParquetFile(file.path) as parquet:
+            found: list[str] = parquet.schema_arrow.names
+            missing = [name for name in required if name not in found]
+            if missing:
+                raise file.error(
+                    f"no column {', '.join(map(repr, missing))}; the file has {', '.join(found)}"
+                )
+            wanted = [*required, *(name for name in optional if name in found)]
+            table = parquet.read(columns=wanted)
+    except FileNotFoundError as error:
+        raise file.error("no such file") from error
+    except (OSError, pa.ArrowException) as error:
+        raise file.error(f"not a readable parquet file ({error})") from error
+    if table.num_rows == 0:
+        raise file.error("the file has no rows")
+    if limit is not None and limit < 1:
+        raise file.error(f"a limit of {limit} rows leaves nothing; expected at least 1")
+    return table if limit is None else table.slice(0, limit)
+
+
+def check_prompt_column(file: DataFile, table: pa.Table, name: str, option: str) -> None:
+    """Raise DataError unless the column holds texts or lists of {role, content} messages."""
+    kind = table.schema.field(name).type
+    if _is_text(kind):
+        return
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        turn = kind.value_type
+        fields = {f.name: f.type for f in turn} if pa.types.is_struct(turn) else {}
+        if all(name in fields and _is_text(fields[name]) for name in ("role", "content")):
+            return
+    raise file.error(
+        f"column {name!r} has type {kind}; expected text or a list of {{role, content}} messages "
+        f"(option {option} names the column)"
+    )
+
+
+def check_text_column(file: DataFile, table: pa.Table, name: str, option: str) -> None:
+    """Raise DataError unless the column holds texts."""
+    kind = table.schema.field(name).type
+    if not _is_text(kind):
+        raise file.error(
+            f"column {name!r} has type {kind}; expected text (option {option} names the column)"
+        )
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def to_messages(cell: Any, *, system_prompt: str, prompt_suffix: str) -> list[Message]:
+    """Turn a prompt cell into messages; a text is one user turn.
+
+    A non-empty `system_prompt` goes first and replaces a system turn that the data has.
+    `prompt_suffix` is appended to the last turn, which must be the user's.
+    Raises ValueError with the reason if the cell holds no question.
+    """
+    if not cell:
+        raise ValueError("no prompt")
+    turns = [{"role": "user", "content": cell}] if isinstance(cell, str) else cell
+    for turn in turns:
+        if not turn or not turn["role"] or turn["content"] is None:
+            raise ValueError("a prompt message without role or content")
+    if turns[-1]["role"] != "user":
+        raise ValueError(f"the last prompt message has role {turns[-1]['role']!r}, expected 'user'")
+    if not turns[-1]["content"].strip():
+        raise ValueError("the prompt is empty")
+    messages = [Message(role=turn["role"], content=turn["content"]) for turn in turns]
+    messages[-1] = Message(role="user", content=messages[-1].content + prompt_suffix)
+    if system_prompt:
+        rest = [message for message in messages if message.role != "system"]
+        messages = [Message(role="system", content=system_prompt), *rest]
+    return messages

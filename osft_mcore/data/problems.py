@@ -1,0 +1,117 @@
+"""Questions with a known answer: what OSFT samples answers to and what evaluation scores."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from osft_mcore.data.parquet import (
+    DataFile,
+    RowProblems,
+    check_prompt_column,
+    check_text_column,
+    read_table,
+    to_messages,
+)
+from osft_mcore.data.tokenizer import ChatTokenizer
+from osft_mcore.records import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problems:
+    """The prompts of one file, in file order."""
+
+    file: Path
+    prompts: tuple[Prompt, ...]
+    num_dropped_overlong: int
+    """Prompts left out because they have more than max_prompt_tokens tokens."""
+
+
+def load_problems(
+    file: str | Path,
+    tokenizer: ChatTokenizer,
+    *,
+    prompt_key: str,
+    system_prompt: str,
+    prompt_suffix: str,
+    max_prompt_tokens: int,
+    option: str,
+    limit: int | None = None,
+) -> Problems:
+    """Read, render and tokenise the first `limit` rows of a parquet file.
+
+    Columns: `prompt_key` (text or messages), `data_source`, `reward_model.ground_truth` and,
+    optionally, `id`. Prompt.row is the row in the file, whatever is dropped.
+    Raises DataError that names `option`, the file, and every kind of fault.
+    """
+    source = DataFile(path=Path(file), option=option)
+    required = (prompt_key, "data_source", "reward_model")
+    table = read_table(source, required, ("id",), limit)
+    check_prompt_column(source, table, prompt_key, "data.prompt_key")
+    check_text_column(source, table, "data_source", option)
+    _check_reward_model(source, table)
+    problems = RowProblems(source)
+    prompts = []
+    for row, record in enumerate(table.to_pylist()):
+        try:
+            messages = to_messages(
+                record[prompt_key], system_prompt=system_prompt, prompt_suffix=prompt_suffix
+            )
+            prompts.append(_prompt(row, record, *tokenizer.render(messages)))
+        except ValueError as reason:
+            problems.add(row, str(reason))
+    problems.raise_if_any(table.num_rows)
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens]
+    if not kept:
+        shortest = min(len(prompt.token_ids) for prompt in prompts)
+        raise source.error(
+            f"all {len(prompts)} prompts are longer than rollout.max_prompt_tokens = "
+            f"{max_prompt_tokens}; the shortest has {shortest} tokens"
+        )
+    return Problems(
+        file=source.path,
+        prompts=tuple(_with_unique_ids(kept)),
+        num_dropped_overlong=len(prompts) - len(kept),
+    )
+
+
+def _check_reward_model(source: DataFile, table: pa.Table) -> None:
+    kind = table.schema.field("reward_model").type
+    if not pa.types.is_struct(kind) or kind.get_field_index("ground_truth") < 0:
+        raise source.error(
+            f"column 'reward_model' has type {kind}; expected a struct with ground_truth"
+        )
+
+
+def _prompt(row: int, record: dict[str, Any], text: str, token_ids: tuple[int, ...]) -> Prompt:
+    data_source = record["data_source"]
+    if not data_source:
+        raise ValueError("no data_source")
+    given_id = record.get("id")
+    return Prompt(
+        row=row,
+        prompt_id=f"{data_source}/{row}" if given_id in (None, "") else str(given_id),
+        data_source=data_source,
+        text=text,
+        token_ids=token_ids,
+        ground_truth=_ground_truth(record["reward_model"]),
+    )
+
+
+def _ground_truth(reward_model: dict[str, Any] | None) -> str:
+    truth = None if reward_model is None else reward_model["ground_truth"]
+    if truth is None or truth != truth or str(truth).strip() == "":
+        raise ValueError("no reward_model.ground_truth")
+    if isinstance(truth, bool) or not isinstance(truth, str | int | float):
+        raise ValueError(
+            f"reward_model.ground_truth is a {type(truth).__name__}, expected text or a number"
+        )
+    return str(truth)
+
+
+def _with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:
+    """Ids that repeat identify nothing: number the whole file by row instead."""
+    if len({prompt.prompt_id for prompt in prompts}) == len(prompts):
+        return prompts
+    return [replace(p, prompt_id=f"{p.data_source}/{p.row}") for p in prompts]

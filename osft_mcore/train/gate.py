@@ -1,0 +1,49 @@
+"""The agreement gate: the engine must have sampled from the weights that are being trained."""
+
+from collections.abc import Sequence
+
+from osft_mcore.actor.actor import Agreement
+from osft_mcore.config.schema import SyncConfig
+from osft_mcore.errors import AgreementError
+from osft_mcore.records import Response
+
+MAX_DIFF = {"fp32": 1e-3, "bf16": 2.0}
+MEAN_DIFF = {"fp32": 1e-4, "bf16": 0.05}
+"""Thresholds in nats where the config leaves them to the dtype. One bf16 rounding moves a single
+rare token by whole tenths, so in bf16 the mean is the sharp criterion."""
+
+
+def check_versions(responses: Sequence[Response], *, version: int, step: int) -> None:
+    """Raise AgreementError if an answer was sampled under other weights than the last push."""
+    stale = sorted({r.replica for r in responses if r.weight_version != version})
+    if stale:
+        found = sorted({r.weight_version for r in responses if r.weight_version != version})
+        raise AgreementError(
+            f"step {step}: rollout replicas {stale} sampled with weight version {found}, the "
+            f"actor is at version {version}; a weight push did not reach them"
+        )
+
+
+def check_agreement(
+    agreement: Agreement | None, *, sync: SyncConfig, dtype: str, step: int, tau_sample: float
+) -> None:
+    """Raise AgreementError if engine and actor give the same tokens different probabilities."""
+    assert agreement is not None, "rollout responses always carry log-probabilities"
+    limit = MAX_DIFF[dtype] if sync.max_logprob_diff is None else sync.max_logprob_diff
+    mean_limit = MEAN_DIFF[dtype] if sync.mean_logprob_diff is None else sync.mean_logprob_diff
+    worst = agreement.max
+    replica = agreement.max_by_replica.index(worst)
+    # `not <=` instead of `>`: a NaN must not pass.
+    if not worst <= limit:
+        raise AgreementError(
+            f"step {step}: rollout replica {replica} and the actor disagree by {worst:.3g} nats on "
+            f"a token's log-probability at tau_sample {tau_sample:g} (limit {limit:g}, option "
+            "sync.max_logprob_diff): the engine does not hold the actor's weights, or computes "
+            "something else with them"
+        )
+    if not agreement.mean <= mean_limit:
+        raise AgreementError(
+            f"step {step}: rollout and actor disagree by {agreement.mean:.3g} nats on average at "
+            f"tau_sample {tau_sample:g}, worst in replica {replica} (limit {mean_limit:g}, option "
+            "sync.mean_logprob_diff): the engine does not hold the actor's weights"
+        )

@@ -1,0 +1,87 @@
+"""What a run reads before it builds a model: tokenizer, prompts, held-out problems."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.data.order import steps_per_epoch
+from osft_mcore.data.parquet import data_sha256
+from osft_mcore.data.problems import Problems, load_problems
+from osft_mcore.data.sft import SftData, load_examples
+from osft_mcore.data.tokenizer import ChatTokenizer
+from osft_mcore.records import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Problems to score on, by data source, and what was left out."""
+
+    by_source: dict[str, tuple[Prompt, ...]]
+    num_dropped_overlong: int
+
+    @property
+    def num_problems(self) -> int:
+        """Over all sources."""
+        return sum(len(prompts) for prompts in self.by_source.values())
+
+
+def load_train_prompts(config: RunConfig, tokenizer: ChatTokenizer) -> Problems:
+    """The prompts to sample answers to."""
+    return _load(config, tokenizer, config.data.train, option="data.train", limit=None)
+
+
+def load_sft_examples(config: RunConfig, tokenizer: ChatTokenizer) -> SftData:
+    """The given answers to train on."""
+    return load_examples(
+        config.data.train,
+        tokenizer,
+        prompt_key=config.data.prompt_key,
+        response_key=config.data.response_key,
+        system_prompt=config.data.system_prompt,
+        prompt_suffix=config.data.prompt_suffix,
+        max_tokens=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+    )
+
+
+def load_held_out(config: RunConfig, tokenizer: ChatTokenizer) -> HeldOut:
+    """The evaluation problems of all files."""
+    limit = config.evaluation.max_problems
+    files = [
+        _load(config, tokenizer, file, option="evaluation.files", limit=limit)
+        for file in config.evaluation.files
+    ]
+    by_source: dict[str, list[Prompt]] = {}
+    for problems in files:
+        for prompt in problems.prompts:
+            by_source.setdefault(prompt.data_source, []).append(prompt)
+    return HeldOut(
+        by_source={source: tuple(prompts) for source, prompts in by_source.items()},
+        num_dropped_overlong=sum(problems.num_dropped_overlong for problems in files),
+    )
+
+
+def total_steps(config: RunConfig, num_items: int) -> int:
+    """Rollout (or SFT) batches of the whole run. Raises DataError if not one can be filled."""
+    per_epoch = steps_per_epoch(num_items, config.train.prompts_per_step)
+    return config.train.epochs * per_epoch if config.train.steps is None else config.train.steps
+
+
+def data_hashes(files: Sequence[str]) -> dict[str, Any]:
+    """SHA-256 of every data file, for the manifest."""
+    return {"data_sha256": {file: data_sha256(file) for file in files}}
+
+
+def _load(
+    config: RunConfig, tokenizer: ChatTokenizer, file: str, *, option: str, limit: int | None
+) -> Problems:
+    return load_problems(
+        file,
+        tokenizer,
+        prompt_key=config.data.prompt_key,
+        system_prompt=config.data.system_prompt,
+        prompt_suffix=config.data.prompt_suffix,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        option=option,
+        limit=limit,
+    )

@@ -1,0 +1,191 @@
+"""Online SFT: generate, train, sync, evaluate, save, log."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from osft_mcore.actor.actor import Actor, UpdateResult
+from osft_mcore.actor.export import export_hf
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.data.order import batch_rows
+from osft_mcore.evaluation.evaluator import Evaluation, Evaluator, metrics
+from osft_mcore.log.console import Console
+from osft_mcore.log.metrics import Clock, MetricsLog
+from osft_mcore.log.run_folder import RunFolder
+from osft_mcore.records import Example, Prompt, Response, Sampling
+from osft_mcore.rollout.engine import RolloutEngine
+from osft_mcore.train.gate import check_agreement, check_versions
+from osft_mcore.train.schedules import learning_rate, sampling_temperature
+from osft_mcore.train.step_metrics import response_metrics, rollout_rows, update_metrics
+from osft_mcore.weights.sync import WeightSync
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OsftLoop:
+    """The collaborators of one run, and the loop over them. Every rank runs it."""
+
+    config: RunConfig
+    num_steps: int
+    prompts: Sequence[Prompt]
+    actor: Actor
+    engine: RolloutEngine
+    sync: WeightSync
+    evaluator: Evaluator | None
+    folder: RunFolder
+    metrics: MetricsLog
+    console: Console
+    clock: Clock
+    decode: Callable[[Sequence[int]], str]
+
+    def fit(self) -> None:
+        """Train for `num_steps` rollout batches."""
+        cfg = self.config
+        with self.console.steps("osft", self.num_steps, every=cfg.logging.every) as progress:
+            for step in range(1, self.num_steps + 1):
+                tau = self.tau_sample(step)
+                with self.clock("rollout"):
+                    responses = self.engine.generate(self.batch(step), self.sampling(step, tau))
+                with self.clock("train"):
+                    updates = self.train_on(responses, step, tau)
+                with self.clock("sync"):
+                    self.sync.push()
+                if due(cfg.evaluation.every, step) and step < self.num_steps:
+                    self.evaluate(step, cfg.evaluation.temperature)
+                if due(cfg.checkpoint.every, step):
+                    self.save(f"checkpoints/step_{step}")
+                progress.finished(step, self.log_step(step, tau, responses, updates))
+
+    def tau_sample(self, step: int) -> float:
+        """Sampling temperature of step `step` (from 1)."""
+        return sampling_temperature(
+            self.config.rollout.tau_sample,
+            self.config.rollout.annealing,
+            step=step,
+            total_steps=self.num_steps,
+            total_epochs=self.config.train.epochs,
+        )
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The prompts of step `step` (from 1)."""
+        cfg = self.config
+        rows = batch_rows(
+            len(self.prompts),
+            cfg.train.prompts_per_step,
+            seed=cfg.seed,
+            step=step - 1,
+            shuffle=cfg.data.shuffle,
+        )
+        return [self.prompts[row] for row in rows]
+
+    def sampling(self, step: int, tau: float) -> Sampling:
+        """How the training answers of step `step` are drawn."""
+        rollout = self.config.rollout
+        return Sampling(
+            temperature=tau,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            num_samples=rollout.num_samples,
+            max_tokens=rollout.max_response_tokens,
+            seed=self.config.seed,
+            step=step,
+        )
+
+    def train_on(self, responses: Sequence[Response], step: int, tau: float) -> list[UpdateResult]:
+        """The optimizer updates of one rollout batch, gated on agreement with the engine.
+
+        The gate uses the first update: from the second on the actor has moved.
+        """
+        cfg = self.config
+        check_versions(responses, version=self.sync.version, step=step)
+        lr = learning_rate(cfg.train, step=step, total_steps=self.num_steps)
+        examples = [_example(r, cfg.algorithm.train_on_truncated) for r in responses]
+        size = cfg.train.prompts_per_update * cfg.rollout.num_samples
+        updates: list[UpdateResult] = []
+        for start in range(0, len(examples), size):
+            updates.append(self.actor.update(examples[start : start + size], tau_sample=tau, lr=lr))
+            if start == 0:
+                check_agreement(
+                    updates[0].agreement,
+                    sync=cfg.sync,
+                    dtype=cfg.model.dtype,
+                    step=step,
+                    tau_sample=tau,
+                )
+        return updates
+
+    def evaluate(self, step: int, temperature: float) -> Evaluation | None:
+        """Score the held-out problems; the result is on the grading rank only."""
+        if self.evaluator is None:
+            return None
+        with self.clock("evaluate"):
+            evaluation = self.evaluator.run(step, temperature)
+        if evaluation is not None:
+            self.metrics.write_evaluation(step, metrics(evaluation))
+            name = f"evaluations/step_{step}_temperature_{temperature:g}.jsonl"
+            self.folder.write_lines(name, map(dataclasses.asdict, evaluation.answers))
+            self.console.say(
+                f"step {step}, temperature {temperature:g}: pass@1 {evaluation.pass_at_1:.1%}"
+            )
+        return evaluation
+
+    def score_start(self) -> list[Evaluation]:
+        """Score the starting model: at the evaluation temperature first, then at the others.
+
+        Empty on ranks that do not grade, and without an evaluation.
+        """
+        cfg = self.config.evaluation
+        temperatures = (cfg.temperature, *cfg.baseline_temperatures) if cfg.before else ()
+        scored = [self.evaluate(0, tau) for tau in dict.fromkeys(temperatures)]
+        return [evaluation for evaluation in scored if evaluation is not None]
+
+    def save(self, name: str) -> None:
+        """Export the weights as a Hugging Face folder inside the run folder."""
+        cfg = self.config
+        with self.clock("save"):
+            export_hf(
+                self.actor,
+                self.folder.path / name,
+                max_shard_bytes=int(cfg.checkpoint.max_shard_gib * 2**30),
+                bucket_bytes=cfg.sync.bucket_mib * 2**20,
+            )
+
+    def log_step(
+        self,
+        step: int,
+        tau: float,
+        responses: Sequence[Response],
+        updates: Sequence[UpdateResult],
+    ) -> dict[str, float]:
+        """Write the step's metrics and answers; returns the few that the console shows."""
+        cfg = self.config
+        record = {
+            "rollout/tau_sample": tau,
+            "loss/tau_train": cfg.algorithm.tau_train,
+            "optim/lr": learning_rate(cfg.train, step=step, total_steps=self.num_steps),
+            "sync/weight_version": float(self.sync.version),
+            **response_metrics(responses),
+            **update_metrics(updates),
+            **self.clock.flush(),
+        }
+        self.metrics.write(step, record)
+        if cfg.logging.rollouts and self.folder.writer:
+            self.folder.write_lines(
+                f"rollouts/step_{step}.jsonl", rollout_rows(responses, self.decode)
+            )
+        shown = ("loss/nll", "rollout/response_length_mean", "sync/logprob_diff_max")
+        return {name.split("/")[1]: record[name] for name in shown}
+
+
+def due(every: int, step: int) -> bool:
+    """True on every `every`-th step; never for 0."""
+    return every > 0 and step % every == 0
+
+
+def _example(response: Response, train_on_truncated: bool) -> Example:
+    return Example(
+        prompt_token_ids=response.prompt.token_ids,
+        response_token_ids=response.token_ids,
+        rollout_logprobs=response.token_logprobs,
+        replica=response.replica,
+        trained=train_on_truncated or not response.truncated,
+    )

@@ -1,0 +1,82 @@
+"""What is wrong with a run's files, found before a rank, a model or the run folder exists."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from osft_mcore.config.check import Phase
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
+from osft_mcore.errors import ConfigError, OsftError, WeightError
+from osft_mcore.log.run_folder import RunFolder
+from osft_mcore.train.inputs import (
+    load_held_out,
+    load_sft_examples,
+    load_train_prompts,
+    total_steps,
+)
+from osft_mcore.weights.safetensors_io import read_hf_index
+
+NUM_TENSORS_SHOWN = 8
+
+
+def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
+    """Every error that the files of a config that passed `check` would cause.
+
+    Reads tokenizer and data as the run will, of the weights only the headers. Not collective;
+    the same answer on every rank that sees the same files.
+    """
+    steps: list[Callable[[], None]] = [lambda: _check_output_dir(Path(config.output_dir))]
+    if config.model.init == "pretrained":
+        steps.append(lambda: _check_weights(config.model.path))
+    errors = [error for step in steps if (error := _error_of(step)) is not None]
+    try:
+        tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+    except OsftError as error:
+        return (*errors, error)
+    return (*errors, *_data_errors(config, phase, tokenizer))
+
+
+def _data_errors(config: RunConfig, phase: Phase, tokenizer: ChatTokenizer) -> list[OsftError]:
+    def load_train() -> None:
+        if phase == "train":
+            total_steps(config, len(load_train_prompts(config, tokenizer).prompts))
+        else:
+            total_steps(config, len(load_sft_examples(config, tokenizer).examples))
+
+    def load_evaluation() -> None:
+        if phase == "train":
+            load_held_out(config, tokenizer)
+
+    found = (_error_of(load) for load in (load_train, load_evaluation))
+    return [error for error in found if error is not None]
+
+
+def _error_of(step: Callable[[], None]) -> OsftError | None:
+    try:
+        step()
+    except OsftError as error:
+        return error
+    return None
+
+
+def _check_output_dir(folder: Path) -> None:
+    RunFolder(folder, writer=False).check_unused()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(
+            f"output_dir: {str(folder)!r} cannot be created: {str(existing)!r} is not a folder "
+            "that this user may write to"
+        )
+
+
+def _check_weights(model_path: str) -> None:
+    """Raise WeightError with the first few tensors that are not as config.json says."""
+    try:
+        read_hf_index(model_path)
+    except WeightError as error:
+        lines = str(error).splitlines()
+        shown = [f"model.path: {line}" for line in lines[:NUM_TENSORS_SHOWN]]
+        if len(lines) > NUM_TENSORS_SHOWN:
+            shown.append(f"model.path: and {len(lines) - NUM_TENSORS_SHOWN} more such problems")
+        raise WeightError("\n".join(shown)) from error

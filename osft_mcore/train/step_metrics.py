@@ -1,0 +1,59 @@
+"""A step's metrics, from the plain records of its phases."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from osft_mcore.actor.actor import UpdateResult
+from osft_mcore.records import Response
+
+
+def response_metrics(responses: Sequence[Response]) -> dict[str, float]:
+    """Lengths (tokens) of the sampled answers and the share cut off by the token limit."""
+    lengths = [len(response.token_ids) for response in responses]
+    return {
+        "rollout/response_length_mean": sum(lengths) / len(lengths),
+        "rollout/response_length_min": float(min(lengths)),
+        "rollout/response_length_max": float(max(lengths)),
+        "rollout/cut_off_ratio": sum(r.truncated for r in responses) / len(responses),
+        "rollout/num_tokens": float(sum(lengths)),
+    }
+
+
+def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
+    """Means over the optimizer updates of a step; the agreement is the first update's."""
+    num_updates, num_tokens = len(updates), sum(u.num_tokens for u in updates)
+    nll = sum(u.nll * u.num_tokens for u in updates) / max(num_tokens, 1)
+    entropy = sum(u.entropy * u.num_tokens for u in updates) / max(num_tokens, 1)
+    record = {
+        "loss/loss": sum(u.loss for u in updates) / num_updates,
+        "loss/nll": nll,
+        "loss/perplexity": math.exp(nll),
+        "loss/entropy": entropy,
+        "loss/num_tokens": float(num_tokens),
+        "optim/grad_norm": sum(u.grad_norm for u in updates) / num_updates,
+        "optim/num_updates": float(num_updates),
+    }
+    agreement = updates[0].agreement
+    if agreement is not None:
+        record["sync/logprob_diff_mean"] = agreement.mean
+        record["sync/logprob_diff_max"] = agreement.max
+    return record
+
+
+def rollout_rows(
+    responses: Sequence[Response], decode: Callable[[Sequence[int]], str]
+) -> Iterator[dict[str, Any]]:
+    """One JSON-able row an answer, token ids included: the exact training data of a step."""
+    for response in responses:
+        yield {
+            "prompt_id": response.prompt.prompt_id,
+            "sample": response.sample_index,
+            "prompt": response.prompt.text,
+            "response": decode(response.token_ids),
+            "response_token_ids": response.token_ids,
+            "num_tokens": len(response.token_ids),
+            "truncated": response.truncated,
+            "weight_version": response.weight_version,
+            "replica": response.replica,
+        }

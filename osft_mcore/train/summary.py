@@ -1,0 +1,90 @@
+"""What a run came to: summary.json and the closing table."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from osft_mcore.evaluation.evaluator import Evaluation, gain_ci
+from osft_mcore.log.console import Console
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.train.loop import OsftLoop
+
+
+def summarise(
+    loop: OsftLoop,
+    start: Sequence[Evaluation],
+    end: Evaluation | None,
+    topology: Topology,
+) -> dict[str, Any]:
+    """Figures of the whole run; scores only where it evaluated."""
+    cfg = loop.config
+    summary: dict[str, Any] = {
+        "steps": loop.num_steps,
+        "tau_sample": cfg.rollout.tau_sample,
+        "tau_train": cfg.algorithm.tau_train,
+        "actor_layout": {"tp": topology.tp, "pp": topology.pp, "dp": topology.dp},
+        "rollout_layout": {"tp": topology.rollout_tp, "replicas": topology.num_replicas},
+        "weight_version": loop.sync.version,
+    }
+    if loop.folder.writer:
+        history = (loop.folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [json.loads(line) for line in history]
+        summary["sync/logprob_diff_max"] = max(s["sync/logprob_diff_max"] for s in steps)
+        summary["sync/logprob_diff_mean"] = sum(s["sync/logprob_diff_mean"] for s in steps) / len(
+            steps
+        )
+    if start:
+        summary |= _start_scores(start)
+    if end is not None:
+        summary["osft_pass_at_1"] = end.pass_at_1
+        summary["evaluation_temperature"] = end.temperature
+        if start:
+            interval = gain_ci(start[0], end, seed=cfg.seed)
+            summary["gain"] = end.pass_at_1 - start[0].pass_at_1
+            summary["gain_ci95"] = [interval.low, interval.high]
+    summary["seconds"] = {phase: round(s, 2) for phase, s in loop.clock.totals.items()}
+    return summary
+
+
+def _start_scores(start: Sequence[Evaluation]) -> dict[str, Any]:
+    best = max(start, key=lambda evaluation: evaluation.pass_at_1)
+    return {
+        "base_pass_at_1": start[0].pass_at_1,
+        "base_best_temperature": best.temperature,
+        "base_best_temperature_pass_at_1": best.pass_at_1,
+        "base_pass_at_1_by_temperature": {f"{e.temperature:g}": e.pass_at_1 for e in start},
+    }
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """Before and after, and where the time went."""
+    if "osft_pass_at_1" in summary:
+        rows = []
+        tau = f"{summary['evaluation_temperature']:g}"
+        if "base_pass_at_1" in summary:
+            best = f"{summary['base_best_temperature']:g}"
+            rows.append(["base model", tau, _percent(summary["base_pass_at_1"])])
+            rows.append(
+                [
+                    "base model, best temperature",
+                    best,
+                    _percent(summary["base_best_temperature_pass_at_1"]),
+                ]
+            )
+        rows.append(["after OSFT", tau, _percent(summary["osft_pass_at_1"])])
+        console.table("pass@1 on held-out problems", ["model", "temperature", "pass@1"], rows)
+    if "gain" in summary:
+        low, high = (100 * bound for bound in summary["gain_ci95"])
+        console.say(
+            f"gain {100 * summary['gain']:+.1f} points, 95% interval {low:+.1f} to {high:+.1f} "
+            "(paired bootstrap over problems)"
+        )
+    seconds = ", ".join(f"{phase} {s:.0f}" for phase, s in summary["seconds"].items())
+    console.say(
+        f"largest log-probability difference rollout vs actor: "
+        f"{summary.get('sync/logprob_diff_max', 0.0):.2g} nats;  seconds: {seconds}"
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"

@@ -1,0 +1,95 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from osft_mcore.data.arithmetic import TinyModel, write_model_folder
+from osft_mcore.data.sft import SftData, load_examples
+from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
+from osft_mcore.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    folder = tmp_path_factory.mktemp("model")
+    write_model_folder(folder, TinyModel())
+    return load_tokenizer(folder, None)
+
+
+Load = Callable[..., SftData]
+
+
+@pytest.fixture
+def load(tokenizer: ChatTokenizer, tmp_path: Path) -> Load:
+    def load_rows(rows: list[dict[str, Any]], **options: Any) -> SftData:
+        file = tmp_path / "sft.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), file)
+        defaults = {
+            "prompt_key": "prompt",
+            "response_key": "response",
+            "system_prompt": "",
+            "prompt_suffix": "",
+            "max_tokens": 1000,
+        }
+        return load_examples(file, tokenizer, **(defaults | options))
+
+    return load_rows
+
+
+def test_text_and_message_prompts_give_the_same_example(
+    load: Load, tokenizer: ChatTokenizer
+) -> None:
+    text = load([{"prompt": "1+2=?", "response": "3"}], prompt_suffix=" go")
+    turns = [{"role": "user", "content": "1+2=?"}]
+    messages = load([{"prompt": turns, "response": "3"}], prompt_suffix=" go")
+    assert text.examples == messages.examples
+    (example,) = text.examples
+    assert tokenizer.decode(example.prompt_token_ids) == "1+2=? go\n"
+    assert tokenizer.decode(example.response_token_ids) == "3"
+    assert example.response_token_ids[-1] in tokenizer.eos_token_ids
+    assert example.rollout_logprobs is None
+
+
+def test_the_limit_is_on_prompt_and_response_together(load: Load) -> None:
+    rows = [{"prompt": "12", "response": "345"}, {"prompt": "12", "response": "3456"}]
+    data = load(rows, max_tokens=8)
+    assert [example.num_tokens for example in data.examples] == [8]
+    assert data.num_dropped_overlong == 1
+    with pytest.raises(DataError, match=r"all 2 .*max_response_tokens = 7; the shortest has 8"):
+        load(rows, max_tokens=7)
+
+
+def test_bad_rows_are_reported_together(load: Load) -> None:
+    rows = [
+        {"prompt": "1", "response": "2"},
+        {"prompt": "1", "response": None},
+        {"prompt": "", "response": "2"},
+        {"prompt": "1", "response": "2<eos>3"},
+    ]
+    with pytest.raises(DataError, match=r"data\.train: .*3 of 4 rows cannot be used") as caught:
+        load(rows)
+    for part in ("row 1: no response", "row 2: no prompt", "row 3: an end-of-answer token"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "1", "answer": "2"}], "no column 'response'; the file has prompt, answer"),
+        ([{"prompt": "1", "response": 2}], "'response' has type int64; expected text"),
+        ([{"prompt": 1, "response": "2"}], "'prompt' has type int64; expected text or a list"),
+    ],
+)
+def test_files_without_the_needed_columns(
+    load: Load, rows: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load(rows)
+
+
+def test_columns_under_other_names(load: Load) -> None:
+    data = load([{"q": "1", "a": "2"}], prompt_key="q", response_key="a")
+    assert len(data.examples) == 1
