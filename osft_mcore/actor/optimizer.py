@@ -12,13 +12,13 @@ from torch import nn
 from osft_mcore.config.schema import TrainConfig
 
 
-def wrap_data_parallel(stage: nn.Module, *, distributed_optimizer: bool) -> nn.Module:
+def wrap_data_parallel(stage: nn.Module, *, distributed_optimizer: bool) -> Any:
     """Gradient buckets in fp32, summed (never averaged) over data-parallel ranks.
 
     Token weights are global, so the sum over ranks is already the gradient of the batch loss.
     """
     config: Any = stage.config
-    wrapped: nn.Module = DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -33,7 +33,7 @@ def wrap_data_parallel(stage: nn.Module, *, distributed_optimizer: bool) -> nn.M
 
 
 def build_optimizer(
-    wrapped: nn.Module, train: TrainConfig, *, dtype: torch.dtype, distributed_optimizer: bool
+    wrapped: Any, train: TrainConfig, *, dtype: torch.dtype, distributed_optimizer: bool
 ) -> Any:
     """AdamW with fp32 copies of the weights that `wrapped` holds now. Every rank must call.
 

@@ -14,12 +14,12 @@ CHUNK_TOKENS = 1024
 
 
 class TokenStatistics(NamedTuple):
-    """Per-token results, float32 [T]. The first two carry gradients."""
+    """Per-token results [T], float32 (float64 from float64). The first two carry gradients."""
 
     logprobs_train_T: Tensor
     """log softmax(z / tau_train)[target]"""
     entropy_T: Tensor
-    """Entropy of softmax(z / tau_train), in nats."""
+    """Entropy of softmax(z / tau_train), in nats; never negative."""
     logprobs_sample_T: Tensor
     """log softmax(z / tau_sample)[target], without gradient: the agreement gate's."""
 
@@ -72,27 +72,31 @@ class _TokenStatistics(torch.autograd.Function):
         maxima_2T, sums_2T, weighted_T, target_T = (
             torch.cat(column, dim=-1) for column in zip(*parts, strict=True)
         )
-        lse_2T, mean_logit_T, target_T = _combine(
+        maxima_2T, log_sums_2T, entropy_T, target_T = _combine(
             maxima_2T, sums_2T, weighted_T, target_T, tp_group
         )
-        entropy_T = lse_2T[0] - mean_logit_T
-        ctx.save_for_backward(hidden_TH, weight_VH, targets_T - start, lse_2T[0], entropy_T)
+        ctx.save_for_backward(
+            hidden_TH, weight_VH, targets_T - start, maxima_2T[0], log_sums_2T[0], entropy_T
+        )
         ctx.tau_train, ctx.num_real, ctx.tp_group = tau_train, num_real, tp_group
-        logprobs_sample_T = target_T / tau_sample - lse_2T[1]
+        # Subtracting the maximum first keeps the digits of a log-probability close to zero.
+        logprobs_train_T = target_T / tau_train - maxima_2T[0] - log_sums_2T[0]
+        logprobs_sample_T = target_T / tau_sample - maxima_2T[1] - log_sums_2T[1]
         ctx.mark_non_differentiable(logprobs_sample_T)
-        return target_T / tau_train - lse_2T[0], entropy_T, logprobs_sample_T
+        return logprobs_train_T, entropy_T, logprobs_sample_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VH, local_targets_T, lse_T, entropy_T = ctx.saved_tensors
-        grad_logprobs_T, grad_entropy_T = grads[0].float(), grads[1].float()
-        weight = weight_VH[: ctx.num_real].float()
-        grad_hidden_TH = torch.empty_like(hidden_TH, dtype=torch.float32)
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        hidden_TH, weight_VH, local_targets_T, max_T, log_sum_T, entropy_T = ctx.saved_tensors
+        grad_logprobs_T, grad_entropy_T = grads[0], grads[1]
+        weight = _at_least_float32(weight_VH[: ctx.num_real])
+        grad_hidden_TH = torch.empty_like(hidden_TH, dtype=entropy_T.dtype)
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=entropy_T.dtype)
         for start in range(0, hidden_TH.shape[0], CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            hidden = hidden_TH[rows].float()
-            log_p_CV = (hidden @ weight.T).div_(ctx.tau_train).sub_(lse_T[rows, None])
+            hidden = _at_least_float32(hidden_TH[rows])
+            log_p_CV = (hidden @ weight.T).div_(ctx.tau_train).sub_(max_T[rows, None])
+            log_p_CV.sub_(log_sum_T[rows, None])
             grad_CV = _grad_logits(
                 log_p_CV, local_targets_T[rows], grad_logprobs_T[rows], grad_entropy_T[rows],
                 entropy_T[rows],
@@ -102,6 +106,10 @@ class _TokenStatistics(torch.autograd.Function):
         dist.all_reduce(grad_hidden_TH, group=ctx.tp_group)
         grad_hidden = grad_hidden_TH.to(hidden_TH.dtype)
         return grad_hidden, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _num_real_columns(weight_VH: Tensor, vocab: int, tp_group: dist.ProcessGroup) -> int:
@@ -120,29 +128,31 @@ def _chunks(hidden_TH: Tensor, targets_T: Tensor) -> list[tuple[Tensor, Tensor]]
 def _local_statistics(
     hidden_CH: Tensor, weight_VH: Tensor, local_targets_C: Tensor, taus: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(max, sum of exp) per tau [2, C], sum of exp * z/tau at taus[0] [C], target logit [C].
+    """This shard's maxima m [2, C], sums of exp(d) [2, C], sum of d exp(d) [C], target logit [C].
 
-    A shard of nothing but padding contributes max = -inf and zeros.
+    d = z/tau - m for each tau; the sum of d exp(d) is for the first alone. A shard of nothing but
+    padding contributes the lowest m and zeros.
     """
-    num_tokens = hidden_CH.shape[0]
-    maxima_2C = hidden_CH.new_full((2, num_tokens), -torch.inf, dtype=torch.float32)
+    hidden_CH = _at_least_float32(hidden_CH)
+    lowest = torch.finfo(hidden_CH.dtype).min
+    maxima_2C = hidden_CH.new_full((2, hidden_CH.shape[0]), lowest)
     sums_2C, weighted_C, target_C = (
         torch.zeros_like(maxima_2C), torch.zeros_like(maxima_2C[0]), torch.zeros_like(maxima_2C[0])
     )  # fmt: skip
     if weight_VH.shape[0] == 0:
         return maxima_2C, sums_2C, weighted_C, target_C
-    logits_CV = hidden_CH.float() @ weight_VH.float().T
+    logits_CV = hidden_CH @ _at_least_float32(weight_VH).T
     mine_C = (local_targets_C >= 0) & (local_targets_C < weight_VH.shape[0])
     index_C = torch.where(mine_C, local_targets_C, 0)
     target_C = torch.where(mine_C, logits_CV.gather(1, index_C[:, None])[:, 0], target_C)
     top_C = logits_CV.amax(dim=1)
     for i, tau in enumerate(taus):
         maxima_2C[i] = top_C / tau
-        scaled_CV = logits_CV / tau
-        exp_CV = (scaled_CV - maxima_2C[i][:, None]).exp_()
+        below_CV = (logits_CV / tau).sub_(maxima_2C[i][:, None])
+        exp_CV = below_CV.exp()
         sums_2C[i] = exp_CV.sum(dim=1)
         if i == 0:
-            weighted_C = exp_CV.mul_(scaled_CV).sum(dim=1)
+            weighted_C = exp_CV.mul_(below_CV).sum(dim=1)
     return maxima_2C, sums_2C, weighted_C, target_C
 
 
@@ -152,14 +162,20 @@ def _combine(
     weighted_T: Tensor,
     target_T: Tensor,
     tp_group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Global (logsumexp [2, T], sum p * z/tau [T], target logit [T]) in two reductions."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Global (max [2, T], log sum exp(z/tau - max) [2, T], entropy [T], target logit [T]).
+
+    With d = z/tau - max, H = log sum exp(d) - sum p d: no term is negative, none is large.
+    """
     global_2T = maxima_2T.clone()
     dist.all_reduce(global_2T, op=dist.ReduceOp.MAX, group=tp_group)
-    scale_2T = (maxima_2T - global_2T).exp()
-    packed = torch.cat([sums_2T * scale_2T, (weighted_T * scale_2T[0])[None], target_T[None]])
+    below_2T = maxima_2T - global_2T
+    scale_2T = below_2T.exp()
+    weighted_T = (weighted_T + sums_2T[0] * below_2T[0]) * scale_2T[0]
+    packed = torch.cat([sums_2T * scale_2T, weighted_T[None], target_T[None]])
     dist.all_reduce(packed, group=tp_group)
-    return global_2T + packed[:2].log(), packed[2] / packed[0], packed[3]
+    log_sums_2T = packed[:2].log()
+    return global_2T, log_sums_2T, log_sums_2T[0] - packed[2] / packed[0], packed[3]
 
 
 def _grad_logits(
