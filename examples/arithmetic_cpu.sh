@@ -7,7 +7,7 @@ export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 rm -rf runs/arithmetic
 
 echo "== 1/3 data: chain sums, a tenth of the worked steps wrong"
-python tools/make_arithmetic.py --out runs/arithmetic/data
+python tools/make_arithmetic.py --out runs/arithmetic/data --seed 7
 
 echo "== 2/3 SFT from random weights"
 osft sft experiment=arithmetic_sft

@@ -6,36 +6,64 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from osft_mcore.config.check import Phase, check
+from osft_mcore import __version__
+from osft_mcore.config.check import Phase, absent_files, check
 from osft_mcore.config.describe import describe
 from osft_mcore.config.load import load_config
 from osft_mcore.config.schema import RunConfig
-from osft_mcore.errors import OsftError
+from osft_mcore.errors import ConfigError, OsftError
 from osft_mcore.parallel.topology import Topology
+from osft_mcore.parallel.world import (
+    check_launch_environment,
+    device_type,
+    launched_rank,
+    launched_world_size,
+    local_rank,
+    started_by_own_launcher,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(given)
-    phase: Phase = arguments.command
     try:
-        config = load_config(arguments.overrides, arguments.config_dir)
-        topology = _topology(config, phase)
-        world_size = _checked_world_size(config, phase)
+        return _run(given, arguments)
     except OsftError as error:
-        _report(error)
-        return error.exit_code
+        return _report(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("osft: stopped by SIGINT\n")
+        return 130
+
+
+def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
+    phase: Phase = arguments.command
+    config = load_config(arguments.overrides, arguments.config_dir)
+    check_launch_environment()
+    world_size = launched_world_size()
+    check(
+        config,
+        world_size=world_size,
+        phase=phase,
+        device=device_type(),
+        need_files=not arguments.dry_run,
+    )
+    topology = _topology(config, phase)
     if arguments.dry_run:
-        places = topology.all_coordinates()
-        sys.stdout.write(describe(config, phase=phase, ranks=places) + "\n")
+        sys.stdout.write(_plan(config, phase, topology))
         return 0
+    if not started_by_own_launcher():
+        from osft_mcore.train.preflight import input_errors
+
+        if errors := input_errors(config, phase):
+            return _report(*errors)
     if world_size is None:
         from osft_mcore.parallel.launch import launch
 
@@ -46,13 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="osft", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"osft-mcore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("train", "online SFT: sample, train, sync, repeat"),
         ("sft", "supervised fine-tuning on given answers"),
     ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print options, ranks and batches and stop; needs no GPU, model or data",
+        )
         command.add_argument("--config-dir", type=Path, help="folder to use instead of conf/")
         command.add_argument("overrides", nargs="*", metavar="option=value")
     return parser
@@ -64,16 +97,17 @@ def _topology(config: RunConfig, phase: Phase) -> Topology:
     return Topology(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, rollout_tp=rollout_tp)
 
 
-def _checked_world_size(config: RunConfig, phase: Phase) -> int | None:
-    from osft_mcore.parallel.world import device_type, launched_world_size
-
-    world_size = launched_world_size()
-    check(config, world_size=world_size, phase=phase, device=device_type())
-    return world_size
+def _plan(config: RunConfig, phase: Phase, topology: Topology) -> str:
+    plan = describe(config, phase=phase, ranks=topology.all_coordinates()) + "\n"
+    if absent := absent_files(config):
+        plan += "# Not here, so not checked\n" + "".join(f"{problem}\n" for problem in absent)
+    return plan
 
 
 def _run_rank(config: RunConfig, phase: Phase, topology: Topology) -> None:
     """The program of one rank. Leaves the process at once on an error, so that no peer waits."""
+    # A rank inside a collective would not see Python's own handler until the collective ends.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _silence_libraries()
     from osft_mcore.log.console import Console
     from osft_mcore.parallel.groups import parallel_context
@@ -90,8 +124,7 @@ def _run_rank(config: RunConfig, phase: Phase, topology: Topology) -> None:
 
                 run_sft(config, context, console)
     except OsftError as error:
-        _report(error)
-        _leave(error.exit_code)
+        _leave(_report(error))
     except BaseException:
         sys.stderr.write(f"[rank {os.environ.get('RANK')}] {traceback.format_exc()}")
         _leave(1)
@@ -105,15 +138,18 @@ def _silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _report(error: OsftError) -> None:
-    """The whole error from one rank of each host; one line from the others, in case it is theirs
-    alone."""
-    from osft_mcore.parallel.world import launched_rank, local_rank
-
+def _report(*errors: OsftError) -> int:
+    """The whole errors from one rank of each host; one line from the others, in case it is theirs
+    alone. Returns the exit code."""
     if local_rank() == 0:
-        sys.stderr.write(f"osft: {type(error).__name__}\n{error}\n")
+        for error in errors:
+            lines = error.problems if isinstance(error, ConfigError) else str(error).splitlines()
+            text = "".join(f"  - {line}\n" for line in lines)
+            sys.stderr.write(f"osft: {type(error).__name__}\n{text}")
     else:
-        sys.stderr.write(f"[rank {launched_rank()}] {type(error).__name__}: see rank 0\n")
+        names = ", ".join(type(error).__name__ for error in errors)
+        sys.stderr.write(f"[rank {launched_rank()}] {names}: see rank 0\n")
+    return errors[0].exit_code
 
 
 def _leave(code: int) -> None:

@@ -24,23 +24,26 @@ def check(
     phase: Phase,
     device: Literal["cpu", "cuda"],
     shape: ModelShape | None = None,
+    need_files: bool = True,
 ) -> None:
     """Raise one ConfigError with every combination that cannot work.
 
     `world_size` None: not started yet, parallel.tp * pp * dp is taken. `shape` None: read from
-    model.path. Reads nothing else but whether files exist; the same answer on every rank.
+    model.path. `need_files` False: what is in `absent_files` is no problem. Reads nothing else
+    but whether files exist; the same answer on every rank.
     """
     samples = phase == "train" or bool(config.evaluation.files)
     problems = [
         *_numbers(config),
-        *_files(config, phase),
+        *_unset(config, phase),
+        *(_absent_data(config) if need_files else ()),
         *_world(config, world_size),
         *_batches(config, phase),
         *_optional_parts(config),
     ]
     if samples:
         problems += _rollout_world(config, world_size)
-    if shape is None and config.model.path:
+    if shape is None and config.model.path and (need_files or _model_is_here(config)):
         try:
             shape = read_model_shape(config.model.path)
         except ConfigError as error:
@@ -155,12 +158,34 @@ def _non_negative(config: RunConfig) -> Iterable[tuple[str, float]]:
     )
 
 
-def _files(config: RunConfig, phase: Phase) -> Iterator[str]:
+def absent_files(config: RunConfig) -> list[str]:
+    """Files that the config names and this machine does not have, each with its option."""
+    model = config.model.path
+    absent = list(_absent_data(config))
+    if model and not _model_is_here(config):
+        absent.insert(0, f"model.path: no config.json in {model!r}")
+    return absent
+
+
+def _model_is_here(config: RunConfig) -> bool:
+    return (Path(config.model.path) / "config.json").is_file()
+
+
+def _unset(config: RunConfig, phase: Phase) -> Iterator[str]:
     if not config.model.path:
         yield "model.path: not set; expected a Hugging Face model folder"
     if not config.data.train:
         yield "data.train: not set; expected a parquet file"
-    elif not Path(config.data.train).is_file():
+    if not config.data.prompt_key:
+        yield "data.prompt_key: not set; expected a column name"
+    if phase == "sft" and not config.data.response_key:
+        yield "data.response_key: not set; expected a column name"
+    if not config.output_dir:
+        yield "output_dir: not set; expected the folder that the run writes"
+
+
+def _absent_data(config: RunConfig) -> Iterator[str]:
+    if config.data.train and not Path(config.data.train).is_file():
         yield f"data.train: {config.data.train!r} is not a file; expected a parquet file"
     for file in config.evaluation.files:
         if not Path(file).is_file():
@@ -168,12 +193,6 @@ def _files(config: RunConfig, phase: Phase) -> Iterator[str]:
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         yield f"data.chat_template: {template!r} is not a file; expected a Jinja template"
-    if not config.data.prompt_key:
-        yield "data.prompt_key: not set; expected a column name"
-    if phase == "sft" and not config.data.response_key:
-        yield "data.response_key: not set; expected a column name"
-    if not config.output_dir:
-        yield "output_dir: not set; expected the folder that the run writes"
 
 
 def _world(config: RunConfig, world_size: int | None) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """What a Hugging Face config.json says about a dense decoder, as one plain value."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from osft_mcore.errors import ConfigError
 
@@ -22,6 +23,21 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(qkv_bias=False, qk_norm=False),
 }
 """A new dense family is one entry here."""
+
+_SIZES: Final = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+_OPTIONAL_SIZES: Final = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_OPTIONAL_NUMBERS: Final = (
+    "rms_norm_eps",
+    "rope_theta",
+    "initializer_range",
+    "partial_rotary_factor",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,17 +114,13 @@ def model_shape(raw: dict[str, Any], *, source: str) -> ModelShape:
         raise ConfigError(
             f"model.path: {source} {found}; supported are {', '.join(sorted(FAMILIES))}"
         )
-    problems = _unsupported(raw, family)
-    required = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    problems += [
-        f"{key} is {raw[key]!r}, expected a positive integer" if key in raw else f"{key} is missing"
-        for key in (*required, "vocab_size")
-        if not isinstance(raw.get(key), int) or raw[key] < 1
-    ]
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"model.path: {source}: its rope section is {rope!r}, expected an object")
+    problems = [*_unsupported(raw, rope, family), *_wrong_numbers(raw, rope)]
     if problems:
         raise ConfigError([f"model.path: {source}: {problem}" for problem in problems])
     num_heads = int(raw["num_attention_heads"])
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     return ModelShape(
         model_type=str(model_type),
         num_layers=int(raw["num_hidden_layers"]),
@@ -121,12 +133,36 @@ def model_shape(raw: dict[str, Any], *, source: str) -> ModelShape:
         tied=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(raw.get("rms_norm_eps") or 1e-6),
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
         rope_scaling=_rope_scaling(rope),
-        max_position=int(raw.get("max_position_embeddings", 2048)),
-        init_std=float(raw.get("initializer_range", 0.02)),
+        max_position=int(raw.get("max_position_embeddings") or 2048),
+        init_std=float(raw.get("initializer_range") or 0.02),
     )
+
+
+def _wrong_numbers(raw: dict[str, Any], rope: dict[str, Any]) -> Iterator[str]:
+    """Numbers that are missing (null counts as missing), of another type, or not positive."""
+    for key in (*_SIZES, *_OPTIONAL_SIZES):
+        if key in _SIZES or raw.get(key) is not None:
+            yield from _unless_positive(raw, key, whole=True)
+    for section in (raw, rope):
+        for key in _OPTIONAL_NUMBERS:
+            if section.get(key) is not None:
+                yield from _unless_positive(section, key, whole=False)
+    if _rope_type(rope) == "llama3":
+        for key in ("factor", "low_freq_factor", "high_freq_factor"):
+            yield from _unless_positive(rope, key, whole=False)
+        yield from _unless_positive(rope, "original_max_position_embeddings", whole=True)
+
+
+def _unless_positive(section: dict[str, Any], key: str, *, whole: bool) -> Iterator[str]:
+    value = section.get(key)
+    kind, name = (int, "integer") if whole else (int | float, "number")
+    if value is None:
+        yield f"{key} is missing"
+    elif isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+        yield f"{key} is {value!r}, expected a positive {name}"
 
 
 def _rope_type(rope: dict[str, Any]) -> str:
@@ -144,10 +180,9 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     )
 
 
-def _unsupported(raw: dict[str, Any], family: Family) -> list[str]:
+def _unsupported(raw: dict[str, Any], rope: dict[str, Any], family: Family) -> list[str]:
     """Features that would train to something other than what transformers computes."""
     problems = []
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if _rope_type(rope) not in ("default", "llama3"):
         problems.append(f"rope type {_rope_type(rope)!r} is not supported (default, llama3 are)")
     if raw.get("hidden_act", "silu") != "silu":
@@ -158,6 +193,6 @@ def _unsupported(raw: dict[str, Any], family: Family) -> list[str]:
         problems.append("mlp_bias true is not supported")
     if raw.get("use_sliding_window"):
         problems.append("use_sliding_window true is not supported")
-    if float(raw.get("partial_rotary_factor", 1.0)) != 1.0:
+    if raw.get("partial_rotary_factor") not in (None, 1):
         problems.append("partial_rotary_factor other than 1 is not supported")
     return problems

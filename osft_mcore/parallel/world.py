@@ -1,9 +1,45 @@
 """What the launcher announced to this process; read here and nowhere else."""
 
 import os
-from typing import Literal
+from typing import Final, Literal
 
-import torch
+from osft_mcore.errors import ConfigError
+
+OWN_RUN_ID: Final = "osft-launcher"
+"""Run id in the ranks that `launch` starts, under the name that torchrun uses for its own."""
+
+_PLACE: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+_RENDEZVOUS: Final = ("MASTER_ADDR", "MASTER_PORT")
+
+
+def check_launch_environment() -> None:
+    """Raise ConfigError if a launcher announced only part of this process's place.
+
+    All variables absent: no launcher. MASTER_ADDR and MASTER_PORT alone are no launcher either;
+    clusters export them to every job.
+    """
+    found = {name: os.environ[name] for name in (*_PLACE, *_RENDEZVOUS) if os.environ.get(name)}
+    if not found.keys() & set(_PLACE):
+        return
+    absent = [name for name in (*_PLACE, *_RENDEZVOUS) if name not in found]
+    problems = []
+    if absent:
+        problems.append(
+            f"{', '.join(absent)}: not set, but {', '.join(sorted(found))} set in the environment; "
+            "a launcher (torchrun, srun) sets all five; unset them to start the ranks from here"
+        )
+    numbers = {}
+    for name in (*_PLACE, "MASTER_PORT"):
+        if name in found:
+            if found[name].isdecimal():
+                numbers[name] = int(found[name])
+            else:
+                problems.append(f"{name}: found {found[name]!r}, expected a number of 0 or more")
+    rank, world_size = numbers.get("RANK"), numbers.get("WORLD_SIZE")
+    if rank is not None and world_size is not None and rank >= world_size:
+        problems.append(f"RANK: found {rank}, expected less than WORLD_SIZE = {world_size}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def launched_world_size() -> int | None:
@@ -14,14 +50,23 @@ def launched_world_size() -> int | None:
 
 def launched_rank() -> int:
     """Global rank that the launcher announced; 0 outside a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0)
 
 
 def local_rank() -> int:
-    """Rank on this host."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Rank on this host; 0 where the launcher's value is no number, so that rank may say so."""
+    value = os.environ.get("LOCAL_RANK", "")
+    return int(value) if value.isdecimal() else 0
+
+
+def started_by_own_launcher() -> bool:
+    """True in the ranks that `launch` started: what it checked needs no second look."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == OWN_RUN_ID
 
 
 def device_type() -> Literal["cpu", "cuda"]:
     """Where this process computes."""
+    # Here, because everything else in this file is needed before a mistake can be reported.
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,11 +1,18 @@
 """What the loop needs of a rollout engine."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from osft_mcore.records import Prompt, Response, Sampling
+
+
+def sample_seed(*, seed: int, step: int, row: int, sample: int) -> int:
+    """Seed of one sampled answer: independent of batch, replica and layout."""
+    digest = hashlib.blake2b(f"{seed}:{step}:{row}:{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 class RolloutEngine(Protocol):

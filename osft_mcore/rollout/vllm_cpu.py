@@ -6,12 +6,16 @@ dispatch keeps the GPU layout: live parameters whose in-place changes the next c
 """
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vllm.distributed.device_communicators import cpu_communicator
 from vllm.model_executor.layers import utils as vllm_layers
 
 
@@ -32,6 +36,45 @@ def live_weights() -> Iterator[None]:
         yield
     finally:
         vllm_layers.dispatch_cpu_unquantized_gemm = packing
+
+
+@contextlib.contextmanager
+def eager_sampling(*, enforce_eager: bool) -> Iterator[None]:
+    """Enter around sampling; on CUDA, or if vLLM was asked to compile, nothing changes.
+
+    enforce_eager spares only the model: vLLM still hands two small functions (rank of the sampled
+    token, vocabulary mask of the embedding) to torch.compile. On CPU the first call then waits
+    seconds for a C++ compiler, which must be there at all, and later calls are no faster for it.
+    """
+    if torch.cuda.is_available() or not enforce_eager:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def private_shared_memory(run_token: str) -> Iterator[None]:
+    """Enter while vLLM starts, with a token that all ranks of this run share and no other run.
+
+    The CPU build names its shared memory after a port that external_launcher does not give: all
+    runs of a host would use one name, and what a killed run left there would stop every later
+    one. Here the name is the run's own, and gone once all ranks of a group have the memory.
+    """
+    start = cpu_communicator._CPUSHMDistributed._init_cpu_shm
+
+    def start_privately(group: cpu_communicator._CPUSHMDistributed) -> Any:
+        group.group_name = f"osft-{run_token}{group.group_name.lstrip('/')}"
+        handle = start(group)  # ends with a barrier of the group
+        for name in Path("/dev/shm").glob(f"{glob.escape(group.group_name)}_*"):
+            name.unlink(missing_ok=True)
+        return handle
+
+    cpu_communicator._CPUSHMDistributed._init_cpu_shm = start_privately
+    try:
+        yield
+    finally:
+        cpu_communicator._CPUSHMDistributed._init_cpu_shm = start
 
 
 def _plain_linear(layer: nn.Module, remove_weight: bool) -> None:

@@ -1,7 +1,7 @@
 """vLLM in the ranks of the actor: tensor parallel over consecutive ranks, replicas beside."""
 
-import hashlib
 import os
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,13 +20,13 @@ from osft_mcore.config.schema import RolloutConfig
 from osft_mcore.errors import WeightError
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.records import Prompt, Response, Sampling
-from osft_mcore.rollout.vllm_cpu import live_weights, prepare_environment
-
-
-def sample_seed(*, seed: int, step: int, row: int, sample: int) -> int:
-    """Seed of one sampled answer: independent of batch, replica and layout."""
-    digest = hashlib.blake2b(f"{seed}:{step}:{row}:{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
+from osft_mcore.rollout.engine import sample_seed
+from osft_mcore.rollout.vllm_cpu import (
+    eager_sampling,
+    live_weights,
+    prepare_environment,
+    private_shared_memory,
+)
 
 
 class VllmEngine:
@@ -45,6 +45,7 @@ class VllmEngine:
         prepare_environment()
         self.context = context
         self.stop_token_ids = sorted(stop_token_ids)
+        self.enforce_eager = rollout.enforce_eager
         self.weight_version: int | None = None
         on_cpu = context.device.type == "cpu"
         memory: dict[str, Any] = (
@@ -52,7 +53,8 @@ class VllmEngine:
             if on_cpu
             else {"gpu_memory_utilization": rollout.gpu_memory_utilization}
         )
-        with live_weights():
+        run_token = all_gather_json(secrets.token_hex(4), context)[0]
+        with live_weights(), private_shared_memory(run_token):
             self.llm = LLM(
                 model_path,
                 # Real weights arrive through the bridge; nothing is read from disk twice.
@@ -86,11 +88,12 @@ class VllmEngine:
             for position in range(place.replica, len(prompts), topology.num_replicas)
             for sample in range(sampling.num_samples)
         ]
-        outputs = self.llm.generate(
-            [TokensPrompt(prompt_token_ids=list(prompts[p].token_ids)) for p, _ in mine],
-            [self._params(sampling, prompts[p].row, sample) for p, sample in mine],
-            use_tqdm=False,
-        )
+        with eager_sampling(enforce_eager=self.enforce_eager):
+            outputs = self.llm.generate(
+                [TokensPrompt(prompt_token_ids=list(prompts[p].token_ids)) for p, _ in mine],
+                [self._params(sampling, prompts[p].row, sample) for p, sample in mine],
+                use_tqdm=False,
+            )
         answers = []
         if place.rollout_tp_rank == 0:
             answers = [
@@ -122,7 +125,11 @@ class VllmEngine:
 
     def finish_update(self, version: int) -> None:
         """Open the engine at `version`; prefixes cached under other weights are forgotten."""
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise WeightError(
+                f"rollout: vLLM still holds requests while weight version {version} arrives; their "
+                "cached prefixes belong to older weights"
+            )
         self.weight_version = version
 
     def close(self) -> None:

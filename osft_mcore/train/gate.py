@@ -1,5 +1,6 @@
 """The agreement gate: the engine must have sampled from the weights that are being trained."""
 
+import math
 from collections.abc import Sequence
 
 from osft_mcore.actor.actor import Agreement
@@ -24,6 +25,19 @@ def check_versions(responses: Sequence[Response], *, version: int, step: int) ->
         )
 
 
+def check_logprobs(responses: Sequence[Response], *, step: int) -> None:
+    """Raise AgreementError if the engine could not tell how likely its own tokens were.
+
+    A NaN on its side means broken weights; the comparison takes it for "not told" and skips it.
+    """
+    broken = sorted({r.replica for r in responses if any(map(math.isnan, r.token_logprobs))})
+    if broken:
+        raise AgreementError(
+            f"step {step}: rollout replicas {broken} gave NaN as the log-probability of a token "
+            "that they sampled: the engine's weights are broken"
+        )
+
+
 def check_agreement(
     agreement: Agreement | None, *, sync: SyncConfig, dtype: str, step: int, tau_sample: float
 ) -> None:
@@ -31,16 +45,18 @@ def check_agreement(
     assert agreement is not None, "rollout responses always carry log-probabilities"
     limit = MAX_DIFF[dtype] if sync.max_logprob_diff is None else sync.max_logprob_diff
     mean_limit = MEAN_DIFF[dtype] if sync.mean_logprob_diff is None else sync.mean_logprob_diff
-    worst = agreement.max
-    replica = agreement.max_by_replica.index(worst)
-    # `not <=` instead of `>`: a NaN must not pass.
-    if not worst <= limit:
+    # max() would pass over a NaN.
+    by_replica = [math.inf if math.isnan(diff) else diff for diff in agreement.max_by_replica]
+    worst = max(by_replica)
+    replica = by_replica.index(worst)
+    if worst > limit:
         raise AgreementError(
             f"step {step}: rollout replica {replica} and the actor disagree by {worst:.3g} nats on "
             f"a token's log-probability at tau_sample {tau_sample:g} (limit {limit:g}, option "
             "sync.max_logprob_diff): the engine does not hold the actor's weights, or computes "
             "something else with them"
         )
+    # `not <=` instead of `>`: a NaN must not pass.
     if not agreement.mean <= mean_limit:
         raise AgreementError(
             f"step {step}: rollout and actor disagree by {agreement.mean:.3g} nats on average at "

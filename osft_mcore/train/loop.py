@@ -14,7 +14,7 @@ from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.records import Example, Prompt, Response, Sampling
 from osft_mcore.rollout.engine import RolloutEngine
-from osft_mcore.train.gate import check_agreement, check_versions
+from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
 from osft_mcore.train.schedules import learning_rate, sampling_temperature
 from osft_mcore.train.step_metrics import response_metrics, rollout_rows, update_metrics
 from osft_mcore.weights.sync import WeightSync
@@ -97,6 +97,7 @@ class OsftLoop:
         """
         cfg = self.config
         check_versions(responses, version=self.sync.version, step=step)
+        check_logprobs(responses, step=step)
         lr = learning_rate(cfg.train, step=step, total_steps=self.num_steps)
         examples = [_example(r, cfg.algorithm.train_on_truncated) for r in responses]
         size = cfg.train.prompts_per_update * cfg.rollout.num_samples

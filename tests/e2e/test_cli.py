@@ -1,0 +1,64 @@
+"""What the command line says without starting a run."""
+
+from pathlib import Path
+
+import pytest
+from program import forked, outcome, started
+
+from osft_mcore import __version__
+from osft_mcore.config.load import default_config_dir, load_config
+
+PRESETS = sorted(path.stem for path in (default_config_dir() / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("phase", ["train", "sft"])
+def test_a_dry_run_of_a_preset_needs_no_model_and_no_data(
+    preset: str, phase: str, tmp_path: Path
+) -> None:
+    result = forked([phase, "--dry-run", f"experiment={preset}"], tmp_path)
+    assert (result.code, result.err) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+    config = load_config([f"experiment={preset}"])
+    parallel, train = config.parallel, config.train
+    world = parallel.tp * parallel.pp * parallel.dp
+    _, ranks, batches, absent = result.out.split("\n# ")[0:1] + result.out.split("\n# ")[1:]
+    assert len(ranks.strip().splitlines()) == 2 + world
+    answers = config.rollout.num_samples if phase == "train" else 1
+    sequences = train.prompts_per_update * answers
+    figures = {line.split("  ")[0]: line for line in batches.splitlines()[1:]}
+    assert f" {sequences} " in figures["sequences an update"]
+    assert (
+        f" {sequences // parallel.dp} = {sequences} / {parallel.dp} "
+        in (figures["sequences a data-parallel rank"])
+    )
+    assert absent.startswith("Not here, so not checked\n")
+    for file in (config.model.path, config.data.train, *config.evaluation.files):
+        assert f"'{file}'" in absent
+
+
+def test_a_dry_run_still_refuses_what_cannot_work(tmp_path: Path) -> None:
+    result = forked(
+        ["train", "--dry-run", f"experiment={PRESETS[0]}", "rollout.tp=3", "train.lr=-1"], tmp_path
+    )
+    assert (result.code, result.out) == (2, "")
+    assert "rollout.tp: 3 does not divide" in result.err
+    assert "train.lr: found -1" in result.err
+
+
+def test_version_and_help_as_a_process(tmp_path: Path) -> None:
+    runs = [started(arguments, tmp_path) for arguments in (["--version"], ["train", "--help"])]
+    version, usage = (outcome(run) for run in runs)
+    assert (version.code, version.out) == (0, f"osft-mcore {__version__}\n")
+    assert usage.code == 0
+    for word in ("--dry-run", "--config-dir", "option=value"):
+        assert word in usage.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--drty-run"]])
+def test_a_command_that_does_not_exist_is_a_usage_error(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    result = forked(arguments, tmp_path)
+    assert (result.code, result.out) == (2, "")
+    assert "usage: osft" in result.err
