@@ -43,7 +43,7 @@ class Response:
     token_ids: tuple[int, ...]
     """First response token through the first EOS inclusive."""
     token_logprobs: tuple[float, ...]
-    """log pi(token) at the sampling temperature, as the rollout engine saw it."""
+    """log pi(token) as the rollout engine saw it, at rollout.engine.reported_temperature."""
     truncated: bool
     """True if the token limit ended it before an EOS."""
     weight_version: int

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
 
-from osft_mcore.config.model_shape import ModelShape, read_model_shape
+from osft_mcore.config.model_shape import FAMILIES, ModelShape, read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.errors import ConfigError
 
@@ -296,6 +296,13 @@ def _tensor_parallel(option: str, tp: int, shape: ModelShape) -> Iterator[str]:
 
 def _rollout_shape(config: RunConfig, shape: ModelShape, device: str) -> Iterator[str]:
     yield from _tensor_parallel("rollout.tp", config.rollout.tp, shape)
+    family = FAMILIES[shape.model_type]
+    if not family.vllm_reads_head_dim and shape.head_dim * shape.num_heads != shape.hidden:
+        yield (
+            f"model.path: head_dim is {shape.head_dim}, but vLLM's {shape.model_type} takes "
+            f"hidden_size / num_attention_heads = {shape.hidden}/{shape.num_heads}; "
+            "choose a model where they agree"
+        )
     if device == "cpu" and shape.head_dim not in CPU_HEAD_DIMS:
         yield (
             f"model.path: the model's head_dim is {shape.head_dim}; vLLM's CPU build supports "

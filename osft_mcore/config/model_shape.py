@@ -15,10 +15,12 @@ class Family:
 
     qkv_bias: bool
     qk_norm: bool
+    vllm_reads_head_dim: bool = True
+    """False: vLLM takes hidden / heads whatever config.json says."""
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen2": Family(qkv_bias=True, qk_norm=False),
+    "qwen2": Family(qkv_bias=True, qk_norm=False, vllm_reads_head_dim=False),
     "qwen3": Family(qkv_bias=False, qk_norm=True),
     "llama": Family(qkv_bias=False, qk_norm=False),
 }

@@ -15,6 +15,20 @@ def sample_seed(*, seed: int, step: int, row: int, sample: int) -> int:
     return int.from_bytes(digest) >> 1
 
 
+def samples_whole_vocabulary(*, top_p: float, top_k: int) -> bool:
+    """True if nothing cuts the distribution that answers are drawn from."""
+    return top_p == 1.0 and top_k == 0
+
+
+def reported_temperature(tau_sample: float, *, top_p: float, top_k: int) -> float:
+    """Temperature of the log-probabilities that come back with answers sampled at `tau_sample`.
+
+    Where top_p or top_k cut the vocabulary, the sampler's own are renormalised over what is left,
+    which the actor does not know; then those of the plain model (temperature 1) come back.
+    """
+    return tau_sample if samples_whole_vocabulary(top_p=top_p, top_k=top_k) else 1.0
+
+
 class RolloutEngine(Protocol):
     """A sampler whose weights are written from outside. Every rank calls every method."""
 

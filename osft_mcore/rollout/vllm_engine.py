@@ -20,7 +20,7 @@ from osft_mcore.config.schema import RolloutConfig
 from osft_mcore.errors import WeightError
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.records import Prompt, Response, Sampling
-from osft_mcore.rollout.engine import sample_seed
+from osft_mcore.rollout.engine import sample_seed, samples_whole_vocabulary
 from osft_mcore.rollout.vllm_cpu import (
     eager_sampling,
     live_weights,
@@ -68,8 +68,7 @@ class VllmEngine:
                 max_num_seqs=rollout.max_num_seqs,
                 enforce_eager=rollout.enforce_eager,
                 enable_prefix_caching=True,
-                # vLLM reports log-probabilities before temperature unless told otherwise.
-                logprobs_mode="processed_logprobs",
+                logprobs_mode=_logprobs_mode(rollout),
                 disable_log_stats=True,
                 seed=seed,
                 **memory,
@@ -149,6 +148,12 @@ class VllmEngine:
             logprobs=0,
             detokenize=False,
         )
+
+
+def _logprobs_mode(rollout: RolloutConfig) -> str:
+    """vLLM's name for what `reported_temperature` says; it leaves temperature out by default."""
+    whole = samples_whole_vocabulary(top_p=rollout.top_p, top_k=rollout.top_k)
+    return "processed_logprobs" if whole else "raw_logprobs"
 
 
 def _answer(completion: Any) -> tuple[list[int], list[float], bool]:

@@ -13,7 +13,7 @@ from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.records import Example, Prompt, Response, Sampling
-from osft_mcore.rollout.engine import RolloutEngine
+from osft_mcore.rollout.engine import RolloutEngine, reported_temperature
 from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
 from osft_mcore.train.schedules import learning_rate, sampling_temperature
 from osft_mcore.train.step_metrics import response_metrics, rollout_rows, update_metrics
@@ -100,17 +100,20 @@ class OsftLoop:
         check_logprobs(responses, step=step)
         lr = learning_rate(cfg.train, step=step, total_steps=self.num_steps)
         examples = [_example(r, cfg.algorithm.train_on_truncated) for r in responses]
+        gate_tau = reported_temperature(tau, top_p=cfg.rollout.top_p, top_k=cfg.rollout.top_k)
         size = cfg.train.prompts_per_update * cfg.rollout.num_samples
         updates: list[UpdateResult] = []
         for start in range(0, len(examples), size):
-            updates.append(self.actor.update(examples[start : start + size], tau_sample=tau, lr=lr))
+            updates.append(
+                self.actor.update(examples[start : start + size], tau_sample=gate_tau, lr=lr)
+            )
             if start == 0:
                 check_agreement(
                     updates[0].agreement,
                     sync=cfg.sync,
                     dtype=cfg.model.dtype,
                     step=step,
-                    tau_sample=tau,
+                    tau_sample=gate_tau,
                 )
         return updates
 

@@ -17,7 +17,7 @@ from osft_mcore.config.schema import ParallelConfig, RolloutConfig, RunConfig, T
 from osft_mcore.errors import ConfigError
 
 HF_CONFIG = {
-    "model_type": "qwen2",
+    "model_type": "llama",
     "num_hidden_layers": 6,
     "hidden_size": 256,
     "num_attention_heads": 8,
@@ -394,3 +394,11 @@ def test_a_bad_model_folder_is_reported_with_the_rest(
     assert problems[0].startswith("train.lr")
     assert problems[1].startswith("model.path")
     assert problem in problems[1]
+
+
+def test_a_head_dim_that_vllm_would_ignore(options: list[str]) -> None:
+    odd = shape_with(model_type="qwen2", head_dim=64)
+    (problem,) = problems_of(options, shape=odd)
+    assert "head_dim is 64" in problem
+    assert "model.path" in problem
+    assert problems_of(options, shape=shape_with(model_type="llama", head_dim=64)) == []

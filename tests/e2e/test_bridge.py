@@ -1,0 +1,132 @@
+"""Pushed weights are the exported weights: in the pushed engine, in stock vLLM, in transformers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines_vllm import (
+    BLOCK,
+    join,
+    largest_difference,
+    random_prompts,
+    run_config,
+    sampling,
+    start_engine,
+    stock_answers,
+)
+from models import save_random_model
+from ranks import run_ranks
+
+from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.export import export_hf
+from osft_mcore.config.check import check
+from osft_mcore.config.model_shape import read_model_shape
+from osft_mcore.config.schema import TrainConfig
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.records import Example, Response
+from osft_mcore.train.osft import build_sync
+
+QWEN2_TIED: dict[str, Any] = {"kind": "qwen2", "tied": True, "vocab": 67}
+QWEN2_SHARED_KV: dict[str, Any] = {"kind": "qwen2", "tied": True, "vocab": 301, "kv_heads": 1}
+QWEN3: dict[str, Any] = {"kind": "qwen3", "tied": False, "vocab": 129}
+LLAMA: dict[str, Any] = {"kind": "llama", "tied": False, "vocab": 255}
+# Every family meets rollout.tp 2; every vocabulary is padded on both sides, differently.
+COMBINATIONS = {
+    "tp1 -> 1": (Topology(tp=1, pp=1, dp=1, rollout_tp=1), QWEN2_TIED),
+    "tp2 -> 1": (Topology(tp=2, pp=1, dp=1, rollout_tp=1), QWEN3),
+    "tp2 -> 2": (Topology(tp=2, pp=1, dp=1, rollout_tp=2), LLAMA),
+    "pp2 -> 1": (Topology(tp=1, pp=2, dp=1, rollout_tp=1), LLAMA),
+    # One key/value head: both rollout ranks hold it.
+    "pp2 -> 2": (Topology(tp=1, pp=2, dp=1, rollout_tp=2), QWEN2_SHARED_KV),
+    "tp2 pp2 -> 1": (Topology(tp=2, pp=2, dp=1, rollout_tp=1), QWEN2_TIED),
+    "tp2 pp2 -> 2": (Topology(tp=2, pp=2, dp=1, rollout_tp=2), QWEN3),
+}
+NUM_PUSHES = 2
+NUM_PROMPTS = 9
+"""Odd: replicas get different numbers of them."""
+ASKED = (sampling(1.0), sampling(0.6))
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """What the engine answered after one push, by ASKED, and what the actor made of it."""
+
+    responses: list[list[Response]]
+    actor_difference: float
+    """max |rollout - actor| log-probability, as the gate of the next update sees it."""
+
+
+def push_and_sample(_rank: int, folder: Path, out: Path, topology: Topology) -> list[Push]:
+    """Update, push, export, sample; twice. The export of push i is `out`/i."""
+    context = join(topology)
+    train = TrainConfig(
+        prompts_per_step=NUM_PROMPTS, prompts_per_update=NUM_PROMPTS, micro_batch_size=3
+    )
+    config = run_config(folder, topology, train=train)
+    check(config, world_size=topology.world_size, phase="train", device="cpu", need_files=False)
+    shape = read_model_shape(folder)
+    actor, engine = Actor(shape, config, context), start_engine(config, context)
+    sync = build_sync(actor, engine)
+    sync.push()
+    prompts = random_prompts(NUM_PROMPTS, vocab=shape.vocab, prefix=BLOCK + 12)
+    trained_on = engine.generate(prompts, ASKED[0])
+    pushes = []
+    for push in range(NUM_PUSHES):
+        actor.update(_examples(trained_on), tau_sample=1.0, lr=0.02)
+        sync.push()
+        export_hf(actor, out / str(push), max_shard_bytes=2**30, bucket_bytes=2**20)
+        responses = [engine.generate(prompts, how) for how in ASKED]
+        trained_on = responses[0]
+        agreement = actor.score(_examples(trained_on), tau_sample=1.0).agreement
+        assert agreement is not None
+        pushes.append(Push(responses=responses, actor_difference=agreement.max))
+    return pushes
+
+
+def _examples(responses: list[Response]) -> list[Example]:
+    return [
+        Example(
+            prompt_token_ids=response.prompt.token_ids,
+            response_token_ids=response.token_ids,
+            rollout_logprobs=response.token_logprobs,
+            replica=response.replica,
+        )
+        for response in responses
+    ]
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_pushed_weights_are_the_exported_ones(combination: str, tmp_path: Path) -> None:
+    topology, model = COMBINATIONS[combination]
+    folder = save_random_model(tmp_path / "start", hidden=128, **model)
+    by_rank = run_ranks(
+        push_and_sample, topology.world_size, folder=folder, out=tmp_path, topology=topology
+    )
+    assert all(pushes == by_rank[0] for pushes in by_rank), "ranks saw different answers"
+
+    differences = {}
+    for push, pushed in enumerate(by_rank[0]):
+        assert {r.weight_version for answers in pushed.responses for r in answers} == {push + 2}
+        differences[f"push {push} actor"] = pushed.actor_difference
+        exported = tmp_path / str(push)
+        prompts = [response.prompt for response in pushed.responses[0]]
+        [stock] = run_ranks(stock_answers, 1, folder=exported, prompts=prompts, asked=ASKED)
+        for how, responses, expected in zip(ASKED, pushed.responses, stock, strict=True):
+            name = f"push {push} tau {how.temperature}"
+            assert [list(r.token_ids) for r in responses] == [ids for ids, _ in expected], name
+            differences[f"{name} stock vLLM"] = max(
+                abs(mine - theirs)
+                for response, (_, logprobs) in zip(responses, expected, strict=True)
+                for mine, theirs in zip(response.token_logprobs, logprobs, strict=True)
+            )
+            differences[f"{name} transformers"] = largest_difference(exported, responses, how)
+    assert max(differences.values()) <= TOLERANCE, differences
+    _assert_updates_show(by_rank[0], [folder, tmp_path / "0", tmp_path / "1"])
+
+
+def _assert_updates_show(pushes: list[Push], folders: list[Path]) -> None:
+    """Weights that are one update old would be far outside the tolerance."""
+    for pushed, stale in zip(pushes, folders, strict=False):
+        assert largest_difference(stale, pushed.responses[0], ASKED[0]) > 100 * TOLERANCE
