@@ -1,5 +1,6 @@
 """Rewrite tests/golden/osft_20_steps.jsonl: run after a reviewed change of the loop's numbers."""
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -9,13 +10,18 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 def main() -> None:
     """The run is the test's own, recorded instead of compared."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--start", action="store_true", help="train new weights to start from, too")
+    arguments = parser.parse_args()
     sys.path[:0] = [str(TESTS), str(TESTS / "dist")]
     import conftest  # noqa: F401  (threads, offline)
-    from test_golden_run import GOLDEN, regenerate
+    import test_golden_run as golden
 
     with tempfile.TemporaryDirectory() as root:
-        regenerate(Path(root))
-    print(f"wrote {GOLDEN.relative_to(TESTS.parent)}")
+        if arguments.start:
+            golden.record_start(Path(root) / "start")
+        golden.record(Path(root) / "run")
+    print(f"wrote {golden.GOLDEN.relative_to(TESTS.parent)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""The figures of a step, from values small enough to work out by hand."""
+
+import json
+import math
+
+import pytest
+
+from osft_mcore.actor.actor import Agreement, UpdateResult
+from osft_mcore.records import Prompt, Response
+from osft_mcore.train.step_metrics import response_metrics, rollout_rows, update_metrics
+
+PROMPT = Prompt(
+    row=3, prompt_id="sums/3", data_source="sums", text="1+1=?", token_ids=(5, 6), ground_truth="2"
+)
+
+
+def response(num_tokens: int, *, truncated: bool = False, sample: int = 0) -> Response:
+    return Response(
+        prompt=PROMPT,
+        sample_index=sample,
+        token_ids=tuple(range(num_tokens)),
+        token_logprobs=(-1.0,) * num_tokens,
+        truncated=truncated,
+        weight_version=7,
+        replica=1,
+    )
+
+
+def update(*, num_tokens: int, nll: float, entropy: float, **others: float) -> UpdateResult:
+    diff = others.get("diff")
+    agreement = None
+    if diff is not None:
+        agreement = Agreement(mean=diff, max_by_replica=(2 * diff, 3 * diff))
+    return UpdateResult(
+        loss=others.get("loss", 0.0),
+        nll=nll,
+        entropy=entropy,
+        grad_norm=others.get("grad_norm", 0.0),
+        num_tokens=num_tokens,
+        agreement=agreement,
+    )
+
+
+def test_lengths_and_cut_offs() -> None:
+    found = response_metrics([response(2), response(3), response(3), response(8, truncated=True)])
+    assert found == {
+        "rollout/response_length_mean": 4.0,
+        "rollout/response_length_min": 2.0,
+        "rollout/response_length_max": 8.0,
+        "rollout/cut_off_ratio": 0.25,
+        "rollout/num_tokens": 16.0,
+    }
+
+
+def test_token_means_weigh_updates_by_their_tokens() -> None:
+    found = update_metrics(
+        [
+            update(num_tokens=10, nll=1.0, entropy=0.5, loss=1.0, grad_norm=2.0, diff=1e-5),
+            update(num_tokens=30, nll=2.0, entropy=0.1, loss=4.0, grad_norm=3.0, diff=9.0),
+        ]
+    )
+    assert found == pytest.approx(
+        {
+            "loss/loss": 2.5,
+            "loss/nll": 1.75,
+            "loss/perplexity": math.exp(1.75),
+            "loss/entropy": 0.2,
+            "loss/num_tokens": 40.0,
+            "optim/grad_norm": 2.5,
+            "optim/num_updates": 2.0,
+            # Of the first update: before the second one the actor has moved.
+            "sync/logprob_diff_mean": 1e-5,
+            "sync/logprob_diff_max": 3e-5,
+        }
+    )
+
+
+def test_given_answers_have_no_agreement() -> None:
+    found = update_metrics([update(num_tokens=1, nll=0.0, entropy=0.0)])
+    assert not [name for name in found if name.startswith("sync/")]
+
+
+def test_a_step_without_trained_tokens_is_not_a_division_by_zero() -> None:
+    """Every answer was cut off and algorithm.train_on_truncated is off."""
+    found = update_metrics([update(num_tokens=0, nll=0.0, entropy=0.0)])
+    assert found["loss/nll"] == 0.0
+    assert found["loss/perplexity"] == 1.0
+
+
+def test_rollout_rows_keep_what_was_trained_on() -> None:
+    rows = list(
+        rollout_rows(
+            [response(2), response(3, truncated=True, sample=1)],
+            lambda token_ids: "".join(map(str, token_ids)),
+        )
+    )
+    assert json.loads(json.dumps(rows[1])) == {
+        "prompt_id": "sums/3",
+        "sample": 1,
+        "prompt": "1+1=?",
+        "response": "012",
+        "response_token_ids": [0, 1, 2],
+        "num_tokens": 3,
+        "truncated": True,
+        "weight_version": 7,
+        "replica": 1,
+    }
+    assert [row["sample"] for row in rows] == [0, 1]
