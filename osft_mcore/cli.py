@@ -139,16 +139,16 @@ def _silence_libraries() -> None:
 
 
 def _report(*errors: OsftError) -> int:
-    """The whole errors from one rank of each host; one line from the others, in case it is theirs
-    alone. Returns the exit code."""
-    if local_rank() == 0:
-        for error in errors:
-            lines = error.problems if isinstance(error, ConfigError) else str(error).splitlines()
+    """Print errors and return the exit code: whole from one rank of each host, the first line of
+    each from the others, in case it is theirs alone."""
+    for error in errors:
+        lines = error.problems if isinstance(error, ConfigError) else str(error).splitlines()
+        if local_rank() == 0:
             text = "".join(f"  - {line}\n" for line in lines)
             sys.stderr.write(f"osft: {type(error).__name__}\n{text}")
-    else:
-        names = ", ".join(type(error).__name__ for error in errors)
-        sys.stderr.write(f"[rank {launched_rank()}] {names}: see rank 0\n")
+        else:
+            more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+            sys.stderr.write(f"[rank {launched_rank()}] {type(error).__name__}: {lines[0]}{more}\n")
     return errors[0].exit_code
 
 

@@ -51,6 +51,8 @@ def _start(
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     environment = {
         "OMP_NUM_THREADS": str(threads),
+        # vLLM's CPU build warns about the memory binding of every rank.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         # Python frees the shared memory of ranks that were ended, and would complain about it.
         "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
         **os.environ,

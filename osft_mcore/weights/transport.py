@@ -45,16 +45,27 @@ def check_same(digest: str, group: ProcessGroup, device: torch.device) -> None:
 
 
 def agree(problems: Sequence[str], group: ProcessGroup | None, device: torch.device) -> None:
-    """Raise WeightError on every rank if any rank has a problem. Collective over group.
+    """Raise WeightError with all ranks' problems on every rank. Collective over group.
 
     Without this, the ranks that are fine would wait for messages that never come.
     """
-    failed = bool(problems)
+    text = "\n".join(problems)
     if group is not None:
-        flag = torch.tensor([int(failed)], dtype=torch.int32, device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        failed = bool(flag.item())
-    if failed:
-        raise WeightError(
-            "\n".join(problems) or "another rank refused the weight transfer; its error says why"
-        )
+        text = "\n".join(part for part in _gather_text(text, group, device) if part)
+    if text:
+        raise WeightError(text)
+
+
+def _gather_text(text: str, group: ProcessGroup, device: torch.device) -> list[str]:
+    """Every rank's text, by rank; one small reduction if nobody has any."""
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    longest = torch.tensor([mine.numel()], device=device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
+    if not longest.item():
+        return []
+    # Texts hold no NUL, so padding with it needs no lengths.
+    padded = torch.zeros(int(longest.item()), dtype=torch.uint8, device=device)
+    padded[: mine.numel()] = mine
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, padded, group=group)
+    return [bytes(part.tolist()).decode().rstrip("\0") for part in parts]

@@ -283,7 +283,9 @@ def test_as_processes(files: Files, tmp_path: Path) -> None:
         ranks = [outcome(process) for process in processes]
     assert_one_error(alone, DATA, ["data.train", "no column 'response'"])
     assert_one_error(ranks[0], CONFIG, ["model.path", "end-of-text"])
-    assert (ranks[1].code, ranks[1].err) == (CONFIG, "[rank 1] ConfigError: see rank 0\n")
+    assert ranks[1].code == CONFIG
+    assert ranks[1].err.startswith("[rank 1] ConfigError: model.path")
+    assert ranks[1].err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
