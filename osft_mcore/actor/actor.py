@@ -14,7 +14,7 @@ from torch import Tensor
 from osft_mcore.actor.batching import MicroBatch, micro_batches
 from osft_mcore.actor.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from osft_mcore.config.model_shape import ModelShape
-from osft_mcore.config.schema import RunConfig
+from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from osft_mcore.loss.vocab_parallel import token_statistics
 from osft_mcore.model.build import (
     build_stage,
@@ -64,23 +64,37 @@ class Agreement:
 class Actor:
     """One rank's share of the trained model. Every rank calls every method."""
 
-    def __init__(self, shape: ModelShape, config: RunConfig, context: ParallelContext) -> None:
-        self.shape, self.config, self.context = shape, config, context
-        self.dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
-        distributed = config.parallel.distributed_optimizer
+    def __init__(
+        self,
+        shape: ModelShape,
+        context: ParallelContext,
+        *,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        train: TrainConfig,
+        algorithm: AlgorithmConfig,
+        max_response_tokens: int,
+        seed: int,
+    ) -> None:
+        self.shape, self.context = shape, context
+        self.model, self.train, self.algorithm = model, train, algorithm
+        self.max_response_tokens = max_response_tokens
+        self.sequence_parallel = parallel.sequence_parallel
+        self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
+        distributed = parallel.distributed_optimizer
         self.stage = build_stage(
             shape,
             context,
             dtype=self.dtype,
-            sequence_parallel=config.parallel.sequence_parallel,
-            vocab_multiple=config.model.vocab_multiple,
+            sequence_parallel=parallel.sequence_parallel,
+            vocab_multiple=model.vocab_multiple,
         )
         self.layouts = self.layouts_of(context.rank)
-        self._load_weights()
+        self._load_weights(seed)
         with megatron_device():
             self.wrapped = wrap_data_parallel(self.stage, distributed_optimizer=distributed)
             self.optimizer = build_optimizer(
-                self.wrapped, config.train, dtype=self.dtype, distributed_optimizer=distributed
+                self.wrapped, train, dtype=self.dtype, distributed_optimizer=distributed
             )
 
     def layouts_of(self, rank: int) -> Any:
@@ -94,7 +108,7 @@ class Actor:
             pp=topology.pp,
             pp_rank=place.pp_rank,
             vocab_padded=padded_vocab(
-                self.shape.vocab, multiple=self.config.model.vocab_multiple, tp=topology.tp
+                self.shape.vocab, multiple=self.model.vocab_multiple, tp=topology.tp
             ),
             transformer_engine=uses_transformer_engine(),
         )
@@ -119,25 +133,25 @@ class Actor:
             parts = self._forward_backward(examples, tau_sample=tau_sample, forward_only=True)
         return self._result(parts, grad_norm=0.0)
 
-    def _load_weights(self) -> None:
-        model, parameters = self.config.model, self.parameters()
-        if model.init == "random":
-            random_into(parameters, self.layouts, self.shape, self.config.seed)
+    def _load_weights(self, seed: int) -> None:
+        parameters = self.parameters()
+        if self.model.init == "random":
+            random_into(parameters, self.layouts, self.shape, seed)
         else:
-            load_into(parameters, self.layouts, model.path)
+            load_into(parameters, self.layouts, self.model.path)
 
     def _forward_backward(
         self, examples: Sequence[Example], *, tau_sample: float, forward_only: bool
     ) -> list["_Sums"]:
-        topology, config = self.context.topology, self.config
+        topology = self.context.topology
         batches = micro_batches(
             examples,
             dp=topology.dp,
             dp_rank=self.context.coordinates.dp_rank,
-            micro_batch_size=config.train.micro_batch_size,
-            pad_to_multiple=topology.tp if config.parallel.sequence_parallel else 1,
-            algorithm=config.algorithm,
-            max_response_tokens=config.rollout.max_response_tokens,
+            micro_batch_size=self.train.micro_batch_size,
+            pad_to_multiple=topology.tp if self.sequence_parallel else 1,
+            algorithm=self.algorithm,
+            max_response_tokens=self.max_response_tokens,
         )
         parts: list[_Sums] = get_forward_backward_func()(
             forward_step_func=partial(self._forward, tau_sample=tau_sample),
@@ -146,7 +160,7 @@ class Actor:
             num_microbatches=len(batches),
             # Shapes travel with the activations between stages, so this is only nominal.
             seq_length=batches[0].tokens_BS.shape[1],
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=self.train.micro_batch_size,
             forward_only=forward_only,
         )
         return parts
@@ -161,7 +175,7 @@ class Actor:
     def _loss(
         self, batch: MicroBatch, tau_sample: float, hidden_BSH: Tensor
     ) -> tuple[Tensor, Tensor, "_Sums"]:
-        if self.config.parallel.sequence_parallel:
+        if self.sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(
                 hidden_BSH.transpose(0, 1), tensor_parallel_output_grad=False
             )
@@ -170,7 +184,7 @@ class Actor:
             hidden_BSH.flatten(0, 1)[batch.predictor_T],
             output_weight(self.stage),
             batch.targets_T,
-            tau_train=self.config.algorithm.tau_train,
+            tau_train=self.algorithm.tau_train,
             tau_sample=tau_sample,
             vocab=self.shape.vocab,
             tp_group=self.context.tp_group,

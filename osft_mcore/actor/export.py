@@ -35,7 +35,7 @@ def export_hf(actor: Actor, folder: str | Path, *, max_shard_bytes: int, bucket_
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     save_hf(building, tensors, shape=actor.shape, max_shard_bytes=max_shard_bytes)
-    _copy_side_files(Path(actor.config.model.path), building, dtype=actor.dtype)
+    _copy_side_files(Path(actor.model.path), building, dtype=actor.dtype)
     if target.exists():
         shutil.rmtree(target)
     os.replace(building, target)

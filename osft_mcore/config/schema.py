@@ -178,6 +178,11 @@ class CheckpointConfig:
     max_shard_gib: float = 4.0
     """Largest safetensors file."""
 
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_gib` in bytes."""
+        return int(self.max_shard_gib * 2**30)
+
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +195,11 @@ class SyncConfig:
     """Stop when any token's log-probability differs by more. None: 1e-3 (fp32), 2.0 (bf16)."""
     mean_logprob_diff: float | None = None
     """Stop when the mean difference is larger. None: 1e-4 (fp32), 0.05 (bf16)."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        """`bucket_mib` in bytes."""
+        return self.bucket_mib * 2**20
 
 
 @with_config(extra="forbid")

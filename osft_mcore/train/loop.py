@@ -149,8 +149,8 @@ class OsftLoop:
             export_hf(
                 self.actor,
                 self.folder.path / name,
-                max_shard_bytes=int(cfg.checkpoint.max_shard_gib * 2**30),
-                bucket_bytes=cfg.sync.bucket_mib * 2**20,
+                max_shard_bytes=cfg.checkpoint.max_shard_bytes,
+                bucket_bytes=cfg.sync.bucket_bytes,
             )
 
     def log_step(

@@ -17,7 +17,7 @@ from osft_mcore.rollout.vllm_engine import VllmEngine
 from osft_mcore.rollout.vllm_layout import engine_layouts
 from osft_mcore.train.inputs import HeldOut, load_held_out, load_train_prompts, total_steps
 from osft_mcore.train.loop import OsftLoop
-from osft_mcore.train.start import open_folder, say_start
+from osft_mcore.train.start import build_actor, open_folder, say_start
 from osft_mcore.train.summary import print_summary, summarise
 from osft_mcore.weights.plan import make_plan
 from osft_mcore.weights.sync import WeightSync
@@ -40,9 +40,9 @@ def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> N
     clock = Clock()
     with ExitStack() as stack:
         with clock("start"):
-            actor = Actor(shape, config, context)
+            actor = build_actor(config, context)
             engine = build_engine(config, context, tokenizer)
-            sync = build_sync(actor, engine)
+            sync = build_sync(config, actor, engine)
         stack.callback(engine.close)
         metrics = MetricsLog(folder, config.logging)
         stack.callback(metrics.close)
@@ -93,9 +93,9 @@ def build_engine(
     )
 
 
-def build_sync(actor: Actor, engine: VllmEngine) -> WeightSync:
+def build_sync(config: RunConfig, actor: Actor, engine: VllmEngine) -> WeightSync:
     """The bridge between the two, its plan computed and compared over all ranks."""
-    context, config = actor.context, actor.config
+    context = actor.context
     sources = {rank: actor.layouts_of(rank) for rank in range(context.topology.world_size)}
     targets = engine_layouts(actor.shape, context.topology)
     return WeightSync(
@@ -105,7 +105,7 @@ def build_sync(actor: Actor, engine: VllmEngine) -> WeightSync:
         source_params=actor.parameters,
         target=engine,
         dtype=actor.dtype,
-        bucket_bytes=config.sync.bucket_mib * 2**20,
+        bucket_bytes=config.sync.bucket_bytes,
         group=context.world_group,
         device=context.device,
     )

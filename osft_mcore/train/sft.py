@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 
 from osft_mcore.actor.actor import Actor, UpdateResult
 from osft_mcore.actor.export import export_hf
@@ -17,75 +18,95 @@ from osft_mcore.records import Example
 from osft_mcore.train.inputs import load_sft_examples, total_steps
 from osft_mcore.train.loop import due
 from osft_mcore.train.schedules import learning_rate
-from osft_mcore.train.start import open_folder, say_start
+from osft_mcore.train.start import build_actor, open_folder, say_start
 from osft_mcore.train.step_metrics import update_metrics
 
 
 def run_sft(config: RunConfig, context: ParallelContext, console: Console) -> None:
     """Train on (prompt, response) pairs; leaves the run folder behind. Every rank must call."""
-    shape = read_model_shape(config.model.path)
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     data = load_sft_examples(config, tokenizer)
     num_steps = total_steps(config, len(data.examples))
     folder = open_folder(config, context, [config.data.train])
-    say_start(console, config, shape, num_steps=num_steps)
+    say_start(console, config, read_model_shape(config.model.path), num_steps=num_steps)
     console.say(f"data: {len(data.examples)} examples ({data.num_dropped_overlong} dropped)")
     clock = Clock()
     with clock("start"):
-        actor = Actor(shape, config, context)
+        actor = build_actor(config, context)
     with closing(MetricsLog(folder, config.logging)) as metrics:
-        clock.flush()
-        nll = _fit(actor, data.examples, num_steps, folder, metrics, console, clock)
-    if config.checkpoint.final:
-        _save(actor, folder, "hf", clock)
-    folder.write_json("summary.json", {"steps": num_steps, "nll": nll, "seconds": clock.totals})
-
-
-def _fit(
-    actor: Actor,
-    examples: Sequence[Example],
-    num_steps: int,
-    folder: RunFolder,
-    metrics: MetricsLog,
-    console: Console,
-    clock: Clock,
-) -> float:
-    """Train for `num_steps` batches; returns the last batch's negative log-likelihood."""
-    cfg = actor.config
-    with console.steps("sft", num_steps, every=cfg.logging.every) as progress:
-        for step in range(1, num_steps + 1):
-            lr = learning_rate(cfg.train, step=step, total_steps=num_steps)
-            with clock("train"):
-                updates = _train_on(actor, _batch(cfg, examples, step), lr)
-            if due(cfg.checkpoint.every, step):
-                _save(actor, folder, f"checkpoints/step_{step}", clock)
-            record = {"optim/lr": lr, **update_metrics(updates), **clock.flush()}
-            metrics.write(step, record)
-            progress.finished(step, {"nll": record["loss/nll"], "lr": lr})
-    return record["loss/nll"]
-
-
-def _train_on(actor: Actor, batch: Sequence[Example], lr: float) -> list[UpdateResult]:
-    size = actor.config.train.prompts_per_update
-    # Nothing is sampled here, so there is no tau_sample; its statistics go unused.
-    tau = actor.config.algorithm.tau_train
-    return [
-        actor.update(batch[start : start + size], tau_sample=tau, lr=lr)
-        for start in range(0, len(batch), size)
-    ]
-
-
-def _batch(config: RunConfig, examples: Sequence[Example], step: int) -> list[Example]:
-    size, shuffle = config.train.prompts_per_step, config.data.shuffle
-    rows = batch_rows(len(examples), size, seed=config.seed, step=step - 1, shuffle=shuffle)
-    return [examples[row] for row in rows]
-
-
-def _save(actor: Actor, folder: RunFolder, name: str, clock: Clock) -> None:
-    with clock("save"):
-        export_hf(
-            actor,
-            folder.path / name,
-            max_shard_bytes=int(actor.config.checkpoint.max_shard_gib * 2**30),
-            bucket_bytes=actor.config.sync.bucket_mib * 2**20,
+        loop = SftLoop(
+            config=config,
+            num_steps=num_steps,
+            examples=data.examples,
+            actor=actor,
+            folder=folder,
+            metrics=metrics,
+            console=console,
+            clock=clock,
         )
+        clock.flush()
+        nll = loop.fit()
+    if config.checkpoint.final:
+        loop.save("hf")
+    seconds = {phase: round(total, 2) for phase, total in clock.totals.items()}
+    folder.write_json("summary.json", {"steps": num_steps, "nll": nll, "seconds": seconds})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftLoop:
+    """The collaborators of one run, and the loop over them. Every rank runs it."""
+
+    config: RunConfig
+    num_steps: int
+    examples: Sequence[Example]
+    actor: Actor
+    folder: RunFolder
+    metrics: MetricsLog
+    console: Console
+    clock: Clock
+
+    def fit(self) -> float:
+        """Train for `num_steps` batches; returns the last one's negative log-likelihood."""
+        cfg = self.config
+        with self.console.steps("sft", self.num_steps, every=cfg.logging.every) as progress:
+            for step in range(1, self.num_steps + 1):
+                lr = learning_rate(cfg.train, step=step, total_steps=self.num_steps)
+                with self.clock("train"):
+                    updates = self.train_on(self.batch(step), lr)
+                if due(cfg.checkpoint.every, step):
+                    self.save(f"checkpoints/step_{step}")
+                record = {"optim/lr": lr, **update_metrics(updates), **self.clock.flush()}
+                self.metrics.write(step, record)
+                progress.finished(step, {"nll": record["loss/nll"], "lr": lr})
+        return record["loss/nll"]
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of step `step` (from 1)."""
+        rows = batch_rows(
+            len(self.examples),
+            self.config.train.prompts_per_step,
+            seed=self.config.seed,
+            step=step - 1,
+            shuffle=self.config.data.shuffle,
+        )
+        return [self.examples[row] for row in rows]
+
+    def train_on(self, batch: Sequence[Example], lr: float) -> list[UpdateResult]:
+        """The optimizer updates of one batch."""
+        size = self.config.train.prompts_per_update
+        # Nothing is sampled here, so there is no tau_sample; its statistics go unused.
+        tau = self.config.algorithm.tau_train
+        return [
+            self.actor.update(batch[start : start + size], tau_sample=tau, lr=lr)
+            for start in range(0, len(batch), size)
+        ]
+
+    def save(self, name: str) -> None:
+        """Export the weights as a Hugging Face folder inside the run folder."""
+        with self.clock("save"):
+            export_hf(
+                self.actor,
+                self.folder.path / name,
+                max_shard_bytes=self.config.checkpoint.max_shard_bytes,
+                bucket_bytes=self.config.sync.bucket_bytes,
+            )

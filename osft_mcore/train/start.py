@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from osft_mcore.actor.actor import Actor
 from osft_mcore.config.load import to_yaml
-from osft_mcore.config.model_shape import ModelShape
+from osft_mcore.config.model_shape import ModelShape, read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.log.console import Console
 from osft_mcore.log.manifest import manifest
@@ -13,6 +14,20 @@ from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.model.build import kernels_in_use
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.train.inputs import data_hashes
+
+
+def build_actor(config: RunConfig, context: ParallelContext) -> Actor:
+    """The actor of this rank, weights loaded. Every rank must call."""
+    return Actor(
+        read_model_shape(config.model.path),
+        context,
+        model=config.model,
+        parallel=config.parallel,
+        train=config.train,
+        algorithm=config.algorithm,
+        max_response_tokens=config.rollout.max_response_tokens,
+        seed=config.seed,
+    )
 
 
 def open_folder(

@@ -14,6 +14,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from osft_mcore.actor.actor import Actor
+from osft_mcore.train.start import build_actor
 from osft_mcore.actor.export import export_hf
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import ModelConfig, ParallelConfig, RunConfig
@@ -63,7 +64,7 @@ def export(
             model=ModelConfig(path=str(folder), dtype="bf16" if "bf16" in name else "fp32"),
             parallel=ParallelConfig(tp=topology.tp, pp=topology.pp),
         )
-        actor = Actor(read_model_shape(folder), config, context)
+        actor = build_actor(config, context)
         for parameter in actor.parameters().values():
             parameter.add_(shift)
         export_hf(actor, out / name, max_shard_bytes=max_shard_bytes, bucket_bytes=8192)

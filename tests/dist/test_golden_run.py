@@ -43,6 +43,7 @@ from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.inputs import load_held_out, load_train_prompts
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.sft import run_sft
+from osft_mcore.train.start import build_actor
 from osft_mcore.weights.plan import make_plan
 from osft_mcore.weights.sync import WeightSync
 
@@ -127,7 +128,7 @@ def osft(_rank: int, data: Path, model: Path, out: Path, topology: Topology) -> 
 
 def build_loop(config: RunConfig, context: ParallelContext, grader: Grader | None) -> OsftLoop:
     tokenizer = load_tokenizer(config.model.path, None)
-    actor = Actor(read_model_shape(config.model.path), config, context)
+    actor = build_actor(config, context)
     stop = sorted(tokenizer.eos_token_ids)
     engine = TorchEngine(config.model.path, stop_token_ids=stop, context=context)
     folder = RunFolder(config.output_dir, writer=context.rank == 0)

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from osft_mcore.actor.actor import Actor
+from osft_mcore.train.start import build_actor
 from osft_mcore.actor.export import export_hf
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import (
@@ -60,7 +61,7 @@ def train(
         train=TrainConfig(lr=LR, micro_batch_size=micro_batch_size, clip_grad=0.5),
         algorithm=algorithm,
     )
-    actor = Actor(read_model_shape(folder), config, context)
+    actor = build_actor(config, context)
     batch = examples(16, actor.shape.vocab)
     results = [actor.update(batch, tau_sample=0.6, lr=LR) for _ in range(NUM_STEPS)]
     export_hf(actor, out, max_shard_bytes=2**30, bucket_bytes=2**12)

@@ -12,6 +12,7 @@ from models import reference_logits, save_random_model
 from ranks import run_ranks
 
 from osft_mcore.actor.actor import Actor
+from osft_mcore.train.start import build_actor
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import ModelConfig, ParallelConfig, RunConfig
 from osft_mcore.model.build import output_weight
@@ -88,7 +89,7 @@ def _largest_difference(rank: int, folders: dict[str, Path], layout: str) -> dic
             parallel=ParallelConfig(tp=tp, pp=pp, sequence_parallel=sp),
         )
         shape = read_model_shape(folder)
-        actor = Actor(shape, config, context)
+        actor = build_actor(config, context)
         torch.manual_seed(1)
         tokens_BS = torch.randint(0, shape.vocab, (2, 16))
         logits = actor_logits(actor, tokens_BS, sequence_parallel=sp)

@@ -119,7 +119,7 @@ def make_actor(folder: Path) -> Actor:
         train=TRAIN,
         algorithm=AlgorithmConfig(tau_train=TAU_TRAIN),
     )
-    return Actor(read_model_shape(folder), config, context)
+    return build_actor(config, context)
 
 
 def _train(rank: int, folder: Path, out: Path) -> list[UpdateResult]:

@@ -18,7 +18,6 @@ from engines_vllm import (
 from models import save_random_model
 from ranks import run_ranks
 
-from osft_mcore.actor.actor import Actor
 from osft_mcore.actor.export import export_hf
 from osft_mcore.config.check import check
 from osft_mcore.config.model_shape import read_model_shape
@@ -26,6 +25,7 @@ from osft_mcore.config.schema import TrainConfig
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Example, Response
 from osft_mcore.train.osft import build_sync
+from osft_mcore.train.start import build_actor
 
 QWEN2_TIED: dict[str, Any] = {"kind": "qwen2", "tied": True, "vocab": 67}
 QWEN2_SHARED_KV: dict[str, Any] = {"kind": "qwen2", "tied": True, "vocab": 301, "kv_heads": 1}
@@ -67,8 +67,8 @@ def push_and_sample(_rank: int, folder: Path, out: Path, topology: Topology) -> 
     config = run_config(folder, topology, train=train)
     check(config, world_size=topology.world_size, phase="train", device="cpu", need_files=False)
     shape = read_model_shape(folder)
-    actor, engine = Actor(shape, config, context), start_engine(config, context)
-    sync = build_sync(actor, engine)
+    actor, engine = build_actor(config, context), start_engine(config, context)
+    sync = build_sync(config, actor, engine)
     sync.push()
     prompts = random_prompts(NUM_PROMPTS, vocab=shape.vocab, prefix=BLOCK + 12)
     trained_on = engine.generate(prompts, ASKED[0])

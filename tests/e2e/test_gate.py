@@ -13,9 +13,8 @@ from engines_vllm import join, random_prompts, run_config, start_engine
 from models import save_random_model
 from ranks import run_ranks
 
-from osft_mcore.actor.actor import Actor, Agreement
+from osft_mcore.actor.actor import Agreement
 from osft_mcore.config.check import check
-from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import SyncConfig, TrainConfig
 from osft_mcore.errors import AgreementError
 from osft_mcore.log.console import Console
@@ -27,6 +26,7 @@ from osft_mcore.rollout.vllm_engine import VllmEngine
 from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.osft import build_sync
+from osft_mcore.train.start import build_actor
 from osft_mcore.weights.sync import WeightSync
 
 VOCAB = 67
@@ -107,9 +107,9 @@ def fit(_rank: int, folder: Path, out: Path, fault: Fault, **rollout: Any) -> st
     config = run_config(folder, topology, train=train)
     config = replace(config, rollout=replace(config.rollout, **rollout))
     check(config, world_size=topology.world_size, phase="train", device="cpu", need_files=False)
-    actor = Actor(read_model_shape(folder), config, context)
+    actor = build_actor(config, context)
     engine = start_engine(config, context)
-    sync = build_sync(actor, engine)
+    sync = build_sync(config, actor, engine)
     run_folder = RunFolder(out, writer=context.rank == 0)
     run_folder.create()
     dist.barrier()
