@@ -23,6 +23,7 @@ from osft_mcore.parallel.topology import Topology
 from osft_mcore.parallel.world import (
     check_launch_environment,
     device_type,
+    end_with_parent,
     launched_rank,
     launched_world_size,
     local_rank,
@@ -98,7 +99,11 @@ def _topology(config: RunConfig, phase: Phase) -> Topology:
 
 
 def _plan(config: RunConfig, phase: Phase, topology: Topology) -> str:
-    plan = describe(config, phase=phase, ranks=topology.all_coordinates()) + "\n"
+    from osft_mcore.data.parquet import count_rows
+
+    num_rows = count_rows(config.data.train)
+    places = topology.all_coordinates()
+    plan = describe(config, phase=phase, ranks=places, num_prompts=num_rows) + "\n"
     if absent := absent_files(config):
         plan += "# Not here, so not checked\n" + "".join(f"{problem}\n" for problem in absent)
     return plan
@@ -108,6 +113,8 @@ def _run_rank(config: RunConfig, phase: Phase, topology: Topology) -> None:
     """The program of one rank. Leaves the process at once on an error, so that no peer waits."""
     # A rank inside a collective would not see Python's own handler until the collective ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if started_by_own_launcher():
+        end_with_parent()
     _silence_libraries()
     from osft_mcore.log.console import Console
     from osft_mcore.parallel.groups import parallel_context

@@ -28,6 +28,8 @@ class Sampling:
     top_k: int = 0
     """0 means no limit."""
     num_samples: int = 1
+    logprobs: bool = True
+    """False leaves Response.token_logprobs empty, where nothing compares them."""
     max_tokens: int
     seed: int
     """Run seed; the seed of each sample is a function of (seed, step, row, sample)."""

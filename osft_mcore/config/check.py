@@ -32,14 +32,14 @@ def check(
     model.path. `need_files` False: what is in `absent_files` is no problem. Reads nothing else
     but whether files exist; the same answer on every rank.
     """
-    samples = phase == "train" or bool(config.evaluation.files)
+    samples = phase == "train"
     problems = [
         *_numbers(config),
         *_unset(config, phase),
         *(_absent_data(config) if need_files else ()),
         *_world(config, world_size),
         *_batches(config, phase),
-        *_optional_parts(config),
+        *_optional_parts(config, phase),
     ]
     if samples:
         problems += _rollout_world(config, world_size)
@@ -310,8 +310,18 @@ def _rollout_shape(config: RunConfig, shape: ModelShape, device: str) -> Iterato
         )
 
 
-def _optional_parts(config: RunConfig) -> Iterator[str]:
+def _optional_parts(config: RunConfig, phase: Phase) -> Iterator[str]:
     evaluation = config.evaluation
+    if phase == "sft" and evaluation.files:
+        yield (
+            "evaluation.files: osft sft does not sample, so it cannot evaluate; leave them out "
+            "(osft train evaluates its starting model)"
+        )
+    if evaluation.baseline_temperatures and not evaluation.before:
+        yield (
+            "evaluation.baseline_temperatures: they are for the starting model, which "
+            "evaluation.before=false leaves out; set it to true or drop them"
+        )
     if evaluation.every > 0 and not evaluation.files:
         yield (
             f"evaluation.every: found {evaluation.every}, but evaluation.files is empty; "

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from osft_mcore.errors import ConfigError
@@ -19,12 +20,23 @@ class Family:
     """False: vLLM takes hidden / heads whatever config.json says."""
 
 
-FAMILIES: dict[str, Family] = {
-    "qwen2": Family(qkv_bias=True, qk_norm=False, vllm_reads_head_dim=False),
-    "qwen3": Family(qkv_bias=False, qk_norm=True),
-    "llama": Family(qkv_bias=False, qk_norm=False),
-}
+FAMILIES: Final = MappingProxyType(
+    {
+        "qwen2": Family(qkv_bias=True, qk_norm=False, vllm_reads_head_dim=False),
+        "qwen3": Family(qkv_bias=False, qk_norm=True),
+        "llama": Family(qkv_bias=False, qk_norm=False),
+    }
+)
 """A new dense family is one entry here."""
+
+LLAMA3_ROPE: Final = MappingProxyType(
+    {
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+)
+"""What Megatron-Core 0.16.1 hard-codes for Llama 3.x rope scaling."""
 
 _SIZES: Final = (
     "num_hidden_layers",
@@ -187,6 +199,10 @@ def _unsupported(raw: dict[str, Any], rope: dict[str, Any], family: Family) -> l
     problems = []
     if _rope_type(rope) not in ("default", "llama3"):
         problems.append(f"rope type {_rope_type(rope)!r} is not supported (default, llama3 are)")
+    if _rope_type(rope) == "llama3":
+        for key, supported in LLAMA3_ROPE.items():
+            if rope.get(key) is not None and rope[key] != supported:
+                problems.append(f"rope {key} {rope[key]!r} is not supported ({supported} is)")
     if raw.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {raw['hidden_act']!r} is not supported (silu is)")
     if raw.get("attention_bias") and not family.qkv_bias:

@@ -40,7 +40,7 @@ class ArithmeticTask:
     num_addends: int = 3
     max_addend: int = 59
     """Addends are uniform in 1..max_addend."""
-    wrong_share: float = 0.15
+    wrong_share: float = 0.2
     """Probability that a step of an SFT trace is wrong."""
     seed: int = 1
 

@@ -56,6 +56,14 @@ def data_sha256(file: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def count_rows(file: str | Path) -> int | None:
+    """Rows of a parquet file, from its footer; None if it is not there or not parquet."""
+    try:
+        return int(pq.ParquetFile(file).metadata.num_rows)
+    except (OSError, pa.ArrowException):
+        return None
+
+
 def read_table(
     file: DataFile, required: Sequence[str], optional: Sequence[str], limit: int | None
 ) -> pa.Table:

@@ -100,7 +100,7 @@ class Evaluator:
         `seed` is the run's. `max_undecided` is the share of answers whose grading may time out
         or fail. Raises DataError if a source is empty or names a problem twice.
         """
-        _check(problems)
+        check_problems(problems)
         self._engine = engine
         self._problems = {source: tuple(prompts) for source, prompts in problems.items()}
         self._decode = decode
@@ -122,6 +122,7 @@ class Evaluator:
             temperature=temperature,
             top_p=self._top_p,
             num_samples=num_samples,
+            logprobs=False,
             max_tokens=self._max_tokens,
             seed=self._seed,
             step=step,
@@ -184,7 +185,8 @@ def gain_ci(before: Evaluation, after: Evaluation, *, seed: int, level: float = 
     return stratified_ci(gains, seed=seed, level=level)
 
 
-def _check(problems: Mapping[str, Sequence[Prompt]]) -> None:
+def check_problems(problems: Mapping[str, Sequence[Prompt]]) -> None:
+    """Raise DataError if a source is empty or names a problem twice."""
     found = [] if problems else ["no evaluation problems: expected at least one data source"]
     for source, prompts in problems.items():
         assert all(prompt.data_source == source for prompt in prompts), (

@@ -35,13 +35,21 @@ class Clock:
 class MetricsLog:
     """Appends metrics to the run folder and mirrors them to wandb."""
 
-    def __init__(self, folder: RunFolder, logging: LoggingConfig) -> None:
+    def __init__(
+        self, folder: RunFolder, logging: LoggingConfig, options: Mapping[str, Any]
+    ) -> None:
+        """`options` are shown beside the run in wandb."""
         self._folder = folder
         self._wandb: Any = None
         if logging.wandb and folder.writer:
             import wandb  # optional dependency; checked at start by config/check.py
 
-            self._wandb = wandb.init(project=logging.wandb_project, dir=folder.path)
+            self._wandb = wandb.init(
+                project=logging.wandb_project,
+                name=folder.path.name,
+                dir=folder.path,
+                config=dict(options),
+            )
             # A step may be scored several times, which wandb's own step counter cannot express.
             self._wandb.define_metric("*", step_metric="step")
 

@@ -65,8 +65,9 @@ class _TokenStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_real = _num_real_columns(weight_VH, vocab, tp_group)
         start = tp_group.rank() * weight_VH.shape[0]
+        weight = _at_least_float32(weight_VH[:num_real])
         parts = [
-            _local_statistics(h, weight_VH[:num_real], t - start, (tau_train, tau_sample))
+            _local_statistics(h, weight, t - start, (tau_train, tau_sample))
             for h, t in _chunks(hidden_TH, targets_T)
         ]
         maxima_2T, sums_2T, weighted_T, target_T = (
@@ -141,7 +142,7 @@ def _local_statistics(
     )  # fmt: skip
     if weight_VH.shape[0] == 0:
         return maxima_2C, sums_2C, weighted_C, target_C
-    logits_CV = hidden_CH @ _at_least_float32(weight_VH).T
+    logits_CV = hidden_CH @ weight_VH.T
     mine_C = (local_targets_C >= 0) & (local_targets_C < weight_VH.shape[0])
     index_C = torch.where(mine_C, local_targets_C, 0)
     target_C = torch.where(mine_C, logits_CV.gather(1, index_C[:, None])[:, 0], target_C)

@@ -19,13 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from osft_mcore.config.model_shape import ModelShape
-from osft_mcore.errors import ConfigError
 from osft_mcore.model.local_spec import RmsNorm, local_layer_spec
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
-
-LLAMA3_LOW_FREQ, LLAMA3_HIGH_FREQ, LLAMA3_ORIGINAL_POSITIONS = 1.0, 4.0, 8192
-"""What Megatron-Core 0.16.1 hard-codes for Llama 3.x rope scaling."""
 
 
 def uses_transformer_engine() -> bool:
@@ -68,7 +64,6 @@ def build_stage(
     The stage maps token ids (first stage) or hidden states to hidden states; on the last stage
     `output_weight` gives the vocabulary shard that turns them into logits.
     """
-    _check_rope(shape)
     topology = context.topology
     with megatron_device():
         config = transformer_config(
@@ -158,7 +153,10 @@ def transformer_config(
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=context.device.type == "cpu",
-        gradient_accumulation_fusion=engine,
+        # The output layer is Megatron-Core's own, which takes this kernel from apex.
+        gradient_accumulation_fusion=(
+            engine and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+        ),
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
@@ -174,16 +172,3 @@ def _layer_spec(
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
     layers = [local_layer_spec(qk_norm=shape.qk_norm)] * num_local_layers
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RmsNorm)
-
-
-def _check_rope(shape: ModelShape) -> None:
-    scaling = shape.rope_scaling
-    if scaling is None:
-        return
-    found = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position)
-    expected = (LLAMA3_LOW_FREQ, LLAMA3_HIGH_FREQ, LLAMA3_ORIGINAL_POSITIONS)
-    if found != expected:
-        raise ConfigError(
-            "model.path: rope scaling with (low_freq_factor, high_freq_factor, "
-            f"original_max_position_embeddings) = {found}; Megatron-Core supports {expected}"
-        )

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.topology import Coordinates, Topology
-from osft_mcore.parallel.world import launched_world_size, local_rank
+from osft_mcore.parallel.world import launched_world_size, local_rank, local_world_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class ParallelContext:
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     world_group: dist.ProcessGroup
+    timeout_minutes: float
+    """Longest that a collective may take."""
 
     @property
     def rank(self) -> int:
@@ -66,7 +69,7 @@ def parallel_context(topology: Topology, *, timeout_minutes: float) -> Iterator[
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield join_groups(topology, device=device)
+        yield join_groups(topology, device=device, timeout_minutes=timeout_minutes)
     finally:
         parallel_state.destroy_model_parallel()
         # Closing a rollout engine already takes the world down.
@@ -74,11 +77,15 @@ def parallel_context(topology: Topology, *, timeout_minutes: float) -> Iterator[
             dist.destroy_process_group()
 
 
-def join_groups(topology: Topology, *, device: torch.device) -> ParallelContext:
+def join_groups(
+    topology: Topology, *, device: torch.device, timeout_minutes: float = 30.0
+) -> ParallelContext:
     """Make Megatron's groups over the initialised world. Collective over the world."""
     with megatron_device():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=topology.tp, pipeline_model_parallel_size=topology.pp
+            tensor_model_parallel_size=topology.tp,
+            pipeline_model_parallel_size=topology.pp,
+            distributed_timeout_minutes=math.ceil(timeout_minutes),
         )
         # Weights are loaded and dropout is off, so no random number is ever drawn; this tracker's
         # forks do nothing, on any device.
@@ -94,11 +101,17 @@ def join_groups(topology: Topology, *, device: torch.device) -> ParallelContext:
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         world_group=world,
+        timeout_minutes=timeout_minutes,
     )
     found = (context.tp_group.rank(), context.pp_group.rank(), context.dp_group.rank())
     expected = (coordinates.tp_rank, coordinates.pp_rank, coordinates.dp_rank)
     assert found == expected, f"Megatron's rank order changed: {found} is not {expected}"
     return context
+
+
+def wait_for_all(context: ParallelContext) -> None:
+    """Return when every rank is here. Collective over the world."""
+    dist.barrier(group=context.world_group)
 
 
 def all_gather_json(value: Any, context: ParallelContext) -> list[Any]:
@@ -122,6 +135,12 @@ def all_gather_json(value: Any, context: ParallelContext) -> list[Any]:
 def _claim_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    num_devices = torch.cuda.device_count()
+    if local_world_size() > num_devices:
+        raise ConfigError(
+            f"parallel: {local_world_size()} processes on a machine with {num_devices} GPUs; each "
+            "needs its own: lower parallel.tp, pp or dp, or use more machines"
+        )
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device

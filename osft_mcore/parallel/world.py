@@ -1,6 +1,9 @@
 """What the launcher announced to this process; read here and nowhere else."""
 
+import ctypes
 import os
+import signal
+import sys
 from typing import Final, Literal
 
 from osft_mcore.errors import ConfigError
@@ -53,6 +56,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
+def local_world_size() -> int:
+    """Number of ranks on this host; the whole world if the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1")
+
+
 def local_rank() -> int:
     """Rank on this host; 0 where the launcher's value is no number, so that rank may say so."""
     value = os.environ.get("LOCAL_RANK", "")
@@ -70,3 +78,10 @@ def device_type() -> Literal["cpu", "cuda"]:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends, however that ends (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,8 +1,9 @@
 """vLLM in the ranks of the actor: tensor parallel over consecutive ranks, replicas beside."""
 
+import contextlib
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
 from osft_mcore.config.schema import RolloutConfig
-from osft_mcore.errors import WeightError
+from osft_mcore.errors import ConfigError, WeightError
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.records import Prompt, Response, Sampling
 from osft_mcore.rollout.engine import sample_seed, samples_whole_vocabulary
@@ -54,7 +55,8 @@ class VllmEngine:
             else {"gpu_memory_utilization": rollout.gpu_memory_utilization}
         )
         run_token = all_gather_json(secrets.token_hex(4), context)[0]
-        with live_weights(), private_shared_memory(run_token):
+        timeout_s = int(60 * context.timeout_minutes)
+        with live_weights(), private_shared_memory(run_token), _refusal_as_config_error():
             self.llm = LLM(
                 model_path,
                 # Real weights arrive through the bridge; nothing is read from disk twice.
@@ -70,6 +72,8 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 logprobs_mode=_logprobs_mode(rollout),
                 disable_log_stats=True,
+                distributed_timeout_seconds=timeout_s,
+                cpu_distributed_timeout_seconds=timeout_s,
                 seed=seed,
                 **memory,
             )
@@ -145,9 +149,22 @@ class VllmEngine:
             stop_token_ids=self.stop_token_ids,
             # The end-of-text ids are in stop_token_ids; vLLM has no tokenizer to know them from.
             ignore_eos=True,
-            logprobs=0,
+            logprobs=0 if sampling.logprobs else None,
             detokenize=False,
         )
+
+
+@contextlib.contextmanager
+def _refusal_as_config_error() -> Iterator[None]:
+    """vLLM raises ValueError where a model or the memory does not suit it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(
+            f"rollout: vLLM cannot start: {error} (options: rollout.gpu_memory_utilization on GPU, "
+            "rollout.kv_cache_gib on CPU, rollout.max_prompt_tokens, rollout.max_response_tokens, "
+            "rollout.max_num_seqs, model.path)"
+        ) from error
 
 
 def _logprobs_mode(rollout: RolloutConfig) -> str:
@@ -158,8 +175,8 @@ def _logprobs_mode(rollout: RolloutConfig) -> str:
 
 def _answer(completion: Any) -> tuple[list[int], list[float], bool]:
     token_ids = list(completion.token_ids)
-    logprobs = [
-        position[token].logprob
-        for token, position in zip(token_ids, completion.logprobs, strict=True)
-    ]
+    logprobs = []
+    if completion.logprobs is not None:
+        pairs = zip(token_ids, completion.logprobs, strict=True)
+        logprobs = [position[token].logprob for token, position in pairs]
     return token_ids, logprobs, completion.finish_reason == "length"

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Final
 
 from osft_mcore.actor.actor import Agreement
 from osft_mcore.config.schema import SyncConfig
 from osft_mcore.errors import AgreementError
 from osft_mcore.records import Response
 
-MAX_DIFF = {"fp32": 1e-3, "bf16": 2.0}
-MEAN_DIFF = {"fp32": 1e-4, "bf16": 0.05}
+MAX_DIFF: Final = MappingProxyType({"fp32": 1e-3, "bf16": 2.0})
+MEAN_DIFF: Final = MappingProxyType({"fp32": 1e-4, "bf16": 0.05})
 """Thresholds in nats where the config leaves them to the dtype. One bf16 rounding moves a single
 rare token by whole tenths, so in bf16 the mean is the sharp criterion."""
 

@@ -10,6 +10,7 @@ from osft_mcore.data.parquet import data_sha256
 from osft_mcore.data.problems import Problems, load_problems
 from osft_mcore.data.sft import SftData, load_examples
 from osft_mcore.data.tokenizer import ChatTokenizer
+from osft_mcore.evaluation.evaluator import check_problems
 from osft_mcore.records import Prompt
 
 
@@ -55,6 +56,8 @@ def load_held_out(config: RunConfig, tokenizer: ChatTokenizer) -> HeldOut:
     for problems in files:
         for prompt in problems.prompts:
             by_source.setdefault(prompt.data_source, []).append(prompt)
+    if by_source:
+        check_problems(by_source)
     return HeldOut(
         by_source={source: tuple(prompts) for source, prompts in by_source.items()},
         num_dropped_overlong=sum(problems.num_dropped_overlong for problems in files),

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from osft_mcore.actor.actor import Actor, UpdateResult
 from osft_mcore.actor.export import export_hf
 from osft_mcore.config.schema import RunConfig
-from osft_mcore.data.order import batch_rows
+from osft_mcore.data.order import batch_rows, steps_per_epoch
+from osft_mcore.errors import DataError
 from osft_mcore.evaluation.evaluator import Evaluation, Evaluator, metrics
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
+from osft_mcore.parallel.groups import wait_for_all
 from osft_mcore.records import Example, Prompt, Response, Sampling
 from osft_mcore.rollout.engine import RolloutEngine, reported_temperature
 from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
@@ -61,8 +63,7 @@ class OsftLoop:
             self.config.rollout.tau_sample,
             self.config.rollout.annealing,
             step=step,
-            total_steps=self.num_steps,
-            total_epochs=self.config.train.epochs,
+            steps_per_epoch=steps_per_epoch(len(self.prompts), self.config.train.prompts_per_step),
         )
 
     def batch(self, step: int) -> list[Prompt]:
@@ -104,6 +105,13 @@ class OsftLoop:
         size = cfg.train.prompts_per_update * cfg.rollout.num_samples
         updates: list[UpdateResult] = []
         for start in range(0, len(examples), size):
+            if not any(example.trained for example in examples[start : start + size]):
+                raise DataError(
+                    f"step {step}: every answer of an update was cut off at "
+                    f"rollout.max_response_tokens = {cfg.rollout.max_response_tokens} and "
+                    "algorithm.train_on_truncated is false, so there is nothing to train on; "
+                    "change one of the two"
+                )
             updates.append(
                 self.actor.update(examples[start : start + size], tau_sample=gate_tau, lr=lr)
             )
@@ -123,6 +131,8 @@ class OsftLoop:
             return None
         with self.clock("evaluate"):
             evaluation = self.evaluator.run(step, temperature)
+            # One rank grades; the others wait here, under parallel.timeout_minutes.
+            wait_for_all(self.actor.context)
         if evaluation is not None:
             self.metrics.write_evaluation(step, metrics(evaluation))
             name = f"evaluations/step_{step}_temperature_{temperature:g}.jsonl"

@@ -1,5 +1,6 @@
 """One online SFT run, from inputs to summary."""
 
+import dataclasses
 from contextlib import ExitStack
 
 import torch
@@ -30,7 +31,6 @@ def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> N
     train = load_train_prompts(config, tokenizer)
     held_out = load_held_out(config, tokenizer)
     num_steps = total_steps(config, len(train.prompts))
-    folder = open_folder(config, context, [config.data.train, *config.evaluation.files])
     say_start(console, config, shape, num_steps=num_steps)
     console.say(
         f"data: {len(train.prompts)} prompts ({train.num_dropped_overlong} over "
@@ -44,7 +44,9 @@ def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> N
             engine = build_engine(config, context, tokenizer)
             sync = build_sync(config, actor, engine)
         stack.callback(engine.close)
-        metrics = MetricsLog(folder, config.logging)
+        # Only now: a model or an engine that cannot be built leaves no folder behind.
+        folder = open_folder(config, context, [config.data.train, *config.evaluation.files])
+        metrics = MetricsLog(folder, config.logging, dataclasses.asdict(config))
         stack.callback(metrics.close)
         grader = stack.enter_context(build_grader(config)) if context.rank == 0 else None
         loop = OsftLoop(

@@ -10,19 +10,17 @@ def sampling_temperature(
     annealing: AnnealingConfig,
     *,
     step: int,
-    total_steps: int,
-    total_epochs: int,
+    steps_per_epoch: int,
 ) -> float:
     """Temperature of the training answers at `step`.
 
     Over the first A steps from `tau_sample` to `annealing.end_tau`, then `end_tau`; step 1 is
-    exactly `tau_sample`. A is `annealing.steps`, or `annealing.epochs` whole epochs of the run.
+    exactly `tau_sample`. A is `annealing.steps`, or `annealing.epochs` passes over the data.
     """
     if annealing.mode == "off":
         return tau_sample
     length = annealing.steps
     if length is None:
-        steps_per_epoch = max(1, total_steps // max(1, total_epochs))
         length = max(1, annealing.epochs * steps_per_epoch)
     done = max(0, step - 1)
     if done >= length:

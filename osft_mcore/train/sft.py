@@ -1,5 +1,6 @@
 """Supervised fine-tuning on given answers, with the same actor: the phase before OSFT."""
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ def run_sft(config: RunConfig, context: ParallelContext, console: Console) -> No
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     data = load_sft_examples(config, tokenizer)
     num_steps = total_steps(config, len(data.examples))
-    folder = open_folder(config, context, [config.data.train])
     say_start(console, config, read_model_shape(config.model.path), num_steps=num_steps)
     console.say(f"data: {len(data.examples)} examples ({data.num_dropped_overlong} dropped)")
     clock = Clock()
     with clock("start"):
         actor = build_actor(config, context)
-    with closing(MetricsLog(folder, config.logging)) as metrics:
+    # Only now: a model that cannot be built leaves no folder behind.
+    folder = open_folder(config, context, [config.data.train])
+    options = dataclasses.asdict(config)
+    with closing(MetricsLog(folder, config.logging, options)) as metrics:
         loop = SftLoop(
             config=config,
             num_steps=num_steps,

@@ -150,7 +150,7 @@ def build_loop(config: RunConfig, context: ParallelContext, grader: Grader | Non
             seed=config.seed,
         ),
         folder=folder,
-        metrics=MetricsLog(folder, config.logging),
+        metrics=MetricsLog(folder, config.logging, {}),
         console=Console(enabled=False),
         clock=Clock(),
         decode=tokenizer.decode,

@@ -158,6 +158,12 @@ CASES: dict[str, tuple[str, list[str], int, list[str]]] = {
         DATA,
         ["evaluation.files", "'data_source'"],
     ),
+    "one file twice": (
+        "train",
+        ["evaluation.files=[{root}/eval.parquet,{root}/eval.parquet]"],
+        DATA,
+        ["evaluation.files", "used more than once"],
+    ),
     "no rows": ("train", ["data.train={root}/empty.parquet"], DATA, ["data.train", "no rows"]),
     "not parquet": ("sft", ["data.train={root}/text.parquet"], DATA, ["data.train", "parquet"]),
     "all prompts too long": (
@@ -330,6 +336,15 @@ def test_a_killed_rank_ends_the_run(files: Files, tmp_path: Path) -> None:
     assert "sft 2/" in out, result.err
     assert result.code == 128 + signal.SIGKILL
     assert "osft: rank 1 was ended by SIGKILL" in result.err
+
+
+def test_ranks_end_with_a_killed_launcher(files: Files, tmp_path: Path) -> None:
+    with no_process_left():
+        run = started(files.options("sft", "train.steps=10000"), tmp_path)
+        out = read_until(run, "sft 2/")
+        run.kill()
+        outcome(run)
+    assert "sft 2/" in out
 
 
 def _ranks(launcher: int, count: int = 2) -> dict[int, int]:

@@ -15,8 +15,8 @@ from ranks import run_ranks
 
 from osft_mcore.actor.actor import Agreement
 from osft_mcore.config.check import check
-from osft_mcore.config.schema import SyncConfig, TrainConfig
-from osft_mcore.errors import AgreementError
+from osft_mcore.config.schema import AlgorithmConfig, SyncConfig, TrainConfig
+from osft_mcore.errors import AgreementError, DataError
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
@@ -105,7 +105,8 @@ def fit(_rank: int, folder: Path, out: Path, fault: Fault, **rollout: Any) -> st
         lr=0.01, lr_warmup_steps=0,
     )  # fmt: skip
     config = run_config(folder, topology, train=train)
-    config = replace(config, rollout=replace(config.rollout, **rollout))
+    algorithm = AlgorithmConfig(train_on_truncated=rollout.pop("train_on_truncated", True))
+    config = replace(config, rollout=replace(config.rollout, **rollout), algorithm=algorithm)
     check(config, world_size=topology.world_size, phase="train", device="cpu", need_files=False)
     actor = build_actor(config, context)
     engine = start_engine(config, context)
@@ -123,7 +124,7 @@ def fit(_rank: int, folder: Path, out: Path, fault: Fault, **rollout: Any) -> st
         evaluator=None,
         decode=str,
         folder=run_folder,
-        metrics=MetricsLog(run_folder, config.logging),
+        metrics=MetricsLog(run_folder, config.logging, {}),
         console=Console(enabled=False),
         clock=Clock(),
     )
@@ -131,7 +132,7 @@ def fit(_rank: int, folder: Path, out: Path, fault: Fault, **rollout: Any) -> st
     sync.push()
     try:
         loop.fit()
-    except AgreementError as error:
+    except (AgreementError, DataError) as error:
         return str(error)
     return ""
 
@@ -144,7 +145,8 @@ def run(tmp_path: Path, fault: Fault, **rollout: Any) -> tuple[str, list[dict[st
         fit, TWO_REPLICAS.world_size, folder=folder, out=out, fault=fault, **rollout
     )
     assert len(set(messages)) == 1, messages
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     return messages[0], [json.loads(line) for line in lines]
 
 
@@ -181,6 +183,14 @@ def test_broken_weights_stop_the_run(tmp_path: Path) -> None:
     message, metrics = run(tmp_path, breaks_replica_1)
     assert [record["step"] for record in metrics] == [1, 2]
     assert message.startswith("step 3: rollout replicas [1] gave NaN")
+
+
+def test_a_batch_with_nothing_to_train_on_stops_the_run(tmp_path: Path) -> None:
+    options = {"max_response_tokens": 2, "train_on_truncated": False}
+    message, metrics = run(tmp_path, no_fault, **options)
+    assert metrics == []
+    assert message.startswith("step 1: every answer of an update was cut off")
+    assert "rollout.max_response_tokens = 2" in message
 
 
 def response(*, logprobs: tuple[float, ...] = (-1.0,), version: int = 1, replica: int) -> Response:

@@ -142,7 +142,7 @@ def test_ranks_that_do_not_write_leave_nothing(tmp_path: Path) -> None:
     folder.write_text("config.yaml", "")
     folder.write_lines("rollouts/step_1.jsonl", [{}])
     folder.append_line("metrics.jsonl", {})
-    MetricsLog(folder, LoggingConfig()).write(1, {"loss/nll": 1.0})
+    MetricsLog(folder, LoggingConfig(), {}).write(1, {"loss/nll": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,7 +162,7 @@ def test_clock_adds_up_phases_per_step_and_per_run(monkeypatch: pytest.MonkeyPat
 
 
 def test_metrics_are_lines_of_json(tmp_path: Path) -> None:
-    metrics = MetricsLog(RunFolder(tmp_path, writer=True), LoggingConfig())
+    metrics = MetricsLog(RunFolder(tmp_path, writer=True), LoggingConfig(), {})
     metrics.write(1, {"loss/nll": 0.1 + 0.2})
     metrics.write(2, {"loss/nll": 1e-300})
     metrics.write_evaluation(2, {"eval/pass_at_1": 0.5})
@@ -183,9 +183,13 @@ def test_wandb_offline_keeps_the_metrics(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     metrics = MetricsLog(
-        RunFolder(tmp_path, writer=True), LoggingConfig(wandb=True, wandb_project="tiny")
+        RunFolder(tmp_path, writer=True),
+        LoggingConfig(wandb=True, wandb_project="tiny"),
+        {"train": {"lr": 0.5}},
     )
     assert wandb.run.project == "tiny"
+    assert wandb.run.name == tmp_path.name
+    assert wandb.run.config["train"] == {"lr": 0.5}
     metrics.write(1, {"loss/nll": 0.625})
     metrics.write_evaluation(1, {"eval/pass_at_1": 0.375})
     summary = dict(wandb.run.summary)

@@ -20,24 +20,23 @@ ORACLE = {
 
 
 @pytest.mark.parametrize(("step", "expected"), ORACLE.items())
-def test_annealing_equals_the_reference(step: int, expected: tuple[float, float]) -> None:
+def test_t10_annealing_equals_the_reference(step: int, expected: tuple[float, float]) -> None:
     linear = AnnealingConfig(mode="linear", end_tau=1.0, epochs=2)
     for annealing, tau in zip((linear, replace(linear, mode="cosine")), expected, strict=True):
-        found = sampling_temperature(0.6, annealing, step=step, total_steps=942, total_epochs=3)
+        found = sampling_temperature(0.6, annealing, step=step, steps_per_epoch=314)
         assert found == pytest.approx(tau, abs=5e-7)
 
 
 def test_without_annealing_the_temperature_is_constant() -> None:
     off = AnnealingConfig(mode="off", end_tau=1.0)
     for step in (1, 500, 942):
-        assert sampling_temperature(0.6, off, step=step, total_steps=942, total_epochs=3) == 0.6
+        assert sampling_temperature(0.6, off, step=step, steps_per_epoch=314) == 0.6
 
 
 def test_steps_override_epochs() -> None:
     annealing = AnnealingConfig(mode="linear", end_tau=1.0, epochs=2, steps=4)
     taus = [
-        sampling_temperature(0.2, annealing, step=step, total_steps=942, total_epochs=3)
-        for step in range(1, 7)
+        sampling_temperature(0.2, annealing, step=step, steps_per_epoch=314) for step in range(1, 7)
     ]
     assert taus == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
@@ -45,8 +44,7 @@ def test_steps_override_epochs() -> None:
 def test_a_run_shorter_than_its_epochs_still_anneals() -> None:
     annealing = AnnealingConfig(mode="linear", end_tau=1.0, epochs=2)
     taus = [
-        sampling_temperature(0.6, annealing, step=step, total_steps=1, total_epochs=3)
-        for step in (1, 2, 3)
+        sampling_temperature(0.6, annealing, step=step, steps_per_epoch=1) for step in (1, 2, 3)
     ]
     assert taus == pytest.approx([0.6, 0.8, 1.0])
 

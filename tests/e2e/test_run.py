@@ -1,0 +1,442 @@
+"""Whole runs: what `osft sft` and then `osft train` leave behind, and bf16, the default dtype."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from engines_vllm import join, random_prompts, run_config, start_engine
+from models import save_random_model
+from program import no_process_left, outcome, started
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from osft_mcore.config.check import check
+from osft_mcore.config.load import load_config
+from osft_mcore.config.schema import TrainConfig
+from osft_mcore.data.arithmetic import PROBLEM_SCHEMA, ArithmeticTask, TinyModel, write_arithmetic
+from osft_mcore.errors import AgreementError
+from osft_mcore.log.console import Console
+from osft_mcore.log.metrics import Clock, MetricsLog
+from osft_mcore.log.run_folder import RunFolder
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.rollout.vllm_engine import VllmEngine
+from osft_mcore.train.loop import OsftLoop
+from osft_mcore.train.osft import build_sync
+from osft_mcore.train.start import build_actor
+from osft_mcore.weights.sync import WeightSync
+
+TASK = ArithmeticTask(
+    num_sft=24, num_train=16, num_eval=8, num_addends=2, max_addend=10, wrong_share=0.0
+)
+MODEL = TinyModel(hidden=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn=128)
+NUM_SEEN = 4
+"""Problems that the SFT phase learned by heart: the scores are neither 0 nor 1."""
+NUM_STEPS = 3
+NUM_SAMPLES = 2
+MAX_RESPONSE = 24
+SHARED = [
+    "model.dtype=fp32",
+    "parallel.tp=2",
+    "rollout.max_prompt_tokens=16",
+    f"rollout.max_response_tokens={MAX_RESPONSE}",
+    "train.lr_warmup_steps=0",
+]
+SFT = [
+    *SHARED,
+    "output_dir=sft",
+    "model.path=data/model",
+    "model.init=random",
+    "data.train=data/sft.parquet",
+    "train.steps=50",
+    "train.prompts_per_step=24",
+    "train.prompts_per_update=24",
+    "train.micro_batch_size=24",
+    "train.lr=4e-3",
+]
+OSFT = [
+    *SHARED,
+    "output_dir=osft",
+    "model.path=sft/hf",
+    "rollout.tp=2",
+    "rollout.kv_cache_gib=0.05",
+    "data.train=data/train.parquet",
+    f"train.steps={NUM_STEPS}",
+    "train.prompts_per_step=16",
+    "train.prompts_per_update=8",
+    "train.micro_batch_size=4",
+    "train.lr=3e-4",
+    "evaluation.files=[data/eval.parquet,data/seen.parquet]",
+    "evaluation.every=2",
+    f"evaluation.num_samples={NUM_SAMPLES}",
+    "evaluation.baseline_temperatures=[0]",
+    "checkpoint.every=2",
+]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """An SFT run and the OSFT run that started from it; nothing writes to them."""
+
+    root: Path
+    """Where both were started; holds data/, sft/, osft/."""
+
+    @property
+    def osft(self) -> Path:
+        return self.root / "osft"
+
+    @property
+    def summary(self) -> Json:
+        return json.loads((self.osft / "summary.json").read_text())
+
+    @property
+    def metrics(self) -> list[Json]:
+        return json_lines(self.osft / "metrics.jsonl")
+
+    def answers(self, step: int, temperature: int) -> list[Json]:
+        return json_lines(
+            self.osft / "evaluations" / f"step_{step}_temperature_{temperature}.jsonl"
+        )
+
+
+def json_lines(path: Path) -> list[Json]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("runs")
+    write_arithmetic(root / "data", TASK, MODEL)
+    write_seen_problems(root / "data")
+    for arguments in (["sft", *SFT], ["train", *OSFT]):
+        with no_process_left():
+            result = outcome(started(arguments, root), timeout_s=240.0)
+        assert (result.code, result.err) == (0, ""), result
+    return Runs(root=root)
+
+
+def write_seen_problems(data: Path) -> None:
+    """The first SFT questions as problems of a second, smaller data source."""
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "data_source": "seen",
+            "ability": "math",
+            "reward_model": {
+                "ground_truth": re.findall(r"boxed\{(\d+)\}", row["response"])[0],
+                "style": "rule",
+            },
+            "id": f"seen/{number}",
+        }
+        for number, row in enumerate(pq.read_table(data / "sft.parquet").to_pylist()[:NUM_SEEN])
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=PROBLEM_SCHEMA), data / "seen.parquet")
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def pass_at_1(answers: Sequence[Json]) -> float:
+    """Mean over data sources of the mean over problems of the share of correct answers."""
+    by_problem: dict[str, dict[str, list[bool]]] = {}
+    for answer in answers:
+        source = by_problem.setdefault(answer["data_source"], {})
+        source.setdefault(answer["prompt_id"], []).append(answer["correct"])
+    assert {source: len(problems) for source, problems in by_problem.items()} == {
+        "arithmetic": TASK.num_eval,
+        "seen": NUM_SEEN,
+    }
+    return mean([mean([mean(p) for p in problems.values()]) for problems in by_problem.values()])
+
+
+def test_summary_tells_layouts_versions_and_times(runs: Runs) -> None:
+    summary = runs.summary
+    assert set(summary) == {
+        "steps", "tau_sample", "tau_train", "actor_layout", "rollout_layout", "weight_version",
+        "sync/logprob_diff_max", "sync/logprob_diff_mean", "base_pass_at_1",
+        "base_best_temperature", "base_best_temperature_pass_at_1",
+        "base_pass_at_1_by_temperature", "osft_pass_at_1", "evaluation_temperature", "gain",
+        "gain_ci95", "seconds",
+    }  # fmt: skip
+    assert (summary["steps"], summary["weight_version"]) == (NUM_STEPS, NUM_STEPS + 1)
+    assert (summary["tau_sample"], summary["tau_train"]) == (0.6, 1.0)
+    assert summary["actor_layout"] == {"tp": 2, "pp": 1, "dp": 1}
+    assert summary["rollout_layout"] == {"tp": 2, "replicas": 1}
+    differences = [record["sync/logprob_diff_max"] for record in runs.metrics]
+    # Not 0 either: two implementations computed them.
+    assert 0 < summary["sync/logprob_diff_max"] == max(differences) <= 1e-3
+    assert set(summary["seconds"]) == {"start", "rollout", "train", "sync", "evaluate", "save"}
+    assert all(seconds >= 0 for seconds in summary["seconds"].values())
+
+
+def test_scores_are_those_of_the_kept_answers(runs: Runs) -> None:
+    summary = runs.summary
+    base, greedy = pass_at_1(runs.answers(0, 1)), pass_at_1(runs.answers(0, 0))
+    after = pass_at_1(runs.answers(NUM_STEPS, 1))
+    assert all(0 < score < 1 for score in (base, greedy, after)), (
+        "no score to tell from a wrong one"
+    )
+    assert summary["base_pass_at_1"] == pytest.approx(base)
+    assert summary["base_pass_at_1_by_temperature"] == pytest.approx({"1": base, "0": greedy})
+    assert summary["base_best_temperature_pass_at_1"] == pytest.approx(max(base, greedy))
+    assert summary["base_best_temperature"] == (0.0 if greedy > base else 1.0)
+    assert summary["osft_pass_at_1"] == pytest.approx(after)
+    assert summary["evaluation_temperature"] == 1.0
+    assert summary["gain"] == pytest.approx(after - base)
+    low, high = summary["gain_ci95"]
+    assert -1 <= low <= summary["gain"] <= high <= 1
+
+
+def test_kept_answers_are_graded_against_the_ground_truth(runs: Runs) -> None:
+    for step, temperature, samples in ((0, 1, NUM_SAMPLES), (0, 0, 1), (2, 1, NUM_SAMPLES)):
+        answers = runs.answers(step, temperature)
+        assert len(answers) == samples * (TASK.num_eval + NUM_SEEN)
+        for answer in answers:
+            box = re.findall(r"\\boxed\{(\d+)\}", answer["text"])
+            assert answer["correct"] == (box[-1:] == [answer["ground_truth"]]), answer
+
+
+def documented(section: str) -> set[str]:
+    """Names in the first column of a table of docs/metrics.md, written out."""
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    table = text.split(f"## {section}\n")[1].split("\n## ")[0]
+    names = set()
+    for row in table.splitlines():
+        if row.startswith("| `"):
+            first, *more = re.findall(r"`([^`]+)`", row.split("|")[1])
+            names |= {first} | {written_out(first, short) for short in more}
+    assert names, section
+    return names
+
+
+def written_out(first: str, short: str) -> str:
+    """`a/b_mean` and `_max` mean `a/b_max`; `a/b` and `c` mean `a/c`."""
+    if short.startswith("_"):
+        return first.rsplit("_", 1)[0] + short
+    return short if first.split("/")[0] in short else first.rsplit("/", 1)[0] + f"/{short}"
+
+
+def test_every_step_logs_the_documented_metrics(runs: Runs) -> None:
+    expected = documented("Every step")
+    assert [record["step"] for record in runs.metrics] == list(range(1, NUM_STEPS + 1))
+    for record in runs.metrics:
+        names = set(record) - {"step"}
+        # Step 2 alone scores and saves; the end of the run belongs to no step.
+        idle = {"time/evaluate_s", "time/save_s"} if record["step"] != 2 else set()
+        assert names == expected - idle
+        assert all(math.isfinite(value) for value in record.values()), record
+        assert record["sync/weight_version"] == record["step"] + 1
+        assert record["rollout/num_tokens"] == record["loss/num_tokens"]
+        assert record["optim/num_updates"] == 2
+        assert record["loss/perplexity"] == pytest.approx(math.exp(record["loss/nll"]))
+    assert len({record["loss/nll"] for record in runs.metrics}) == NUM_STEPS
+
+
+def test_every_evaluation_logs_the_documented_metrics(runs: Runs) -> None:
+    records = json_lines(runs.osft / "evaluations.jsonl")
+    order = [(record["step"], record["eval/temperature"]) for record in records]
+    assert order == [(0, 1.0), (0, 0.0), (2, 1.0), (NUM_STEPS, 1.0)]
+    for record in records:
+        ks = (1, 2) if record["eval/temperature"] else (1,)
+        expected = {
+            name.replace("<source>", source).replace("@k", f"@{k}")
+            for name in documented("Every evaluation")
+            for source in ("arithmetic", "seen")
+            for k in ks
+        }
+        assert set(record) - {"step"} == expected
+        scored = pass_at_1(runs.answers(record["step"], int(record["eval/temperature"])))
+        assert record["eval/pass_at_1"] == pytest.approx(scored)
+
+
+def test_sft_logs_documented_metrics_and_learns(runs: Runs) -> None:
+    records = json_lines(runs.root / "sft" / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 51))
+    names = {name for record in records for name in record} - {"step"}
+    assert names <= documented("Every step")
+    assert records[-1]["loss/nll"] < 0.1 * records[0]["loss/nll"]
+    summary = json.loads((runs.root / "sft" / "summary.json").read_text())
+    assert (summary["steps"], summary["nll"]) == (50, records[-1]["loss/nll"])
+
+
+def test_rollouts_keep_what_was_trained_on(runs: Runs) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(runs.root / "data" / "model")
+    questions = {
+        row["id"]: f"<bos>{row['prompt'][0]['content']}\n"
+        for row in pq.read_table(runs.root / "data" / "train.parquet").to_pylist()
+    }
+    for record in runs.metrics:
+        rows = json_lines(runs.osft / "rollouts" / f"step_{record['step']}.jsonl")
+        # 16 prompts, 16 a step: every step is one pass over them.
+        assert {row["prompt_id"]: row["prompt"] for row in rows} == questions
+        assert len(rows) == len(questions)
+        lengths = [len(row["response_token_ids"]) for row in rows]
+        assert lengths == [row["num_tokens"] for row in rows]
+        assert sum(lengths) == record["rollout/num_tokens"]
+        for row in rows:
+            ids = row["response_token_ids"]
+            assert tokenizer.decode(ids, skip_special_tokens=True) == row["response"]
+            assert row["truncated"] == (ids[-1] != tokenizer.eos_token_id)
+            assert (row["weight_version"], row["replica"]) == (record["step"], 0)
+
+
+def test_config_and_manifest_tell_how_to_run_it_again(runs: Runs) -> None:
+    for name, options in (("sft", SFT), ("osft", OSFT)):
+        assert load_config([], runs.root / name) == load_config(options)
+    manifest = json.loads((runs.osft / "manifest.json").read_text())
+    assert (manifest["seed"], manifest["world_size"]) == (1, 2)
+    assert manifest["command"][1:] == ["train", *OSFT]
+    assert manifest["packages"]["torch"] == torch.__version__
+    assert manifest["packages"]["transformers"] == transformers.__version__
+    assert {"osft-mcore", "megatron-core", "math-verify"} <= set(manifest["packages"])
+    assert set(manifest["kernels"]) == {"layers", "attention", "norm", "adam", "loss"}
+    assert manifest["data_sha256"] == {
+        name: hashlib.sha256((runs.root / name).read_bytes()).hexdigest()
+        for name in ("data/train.parquet", "data/eval.parquet", "data/seen.parquet")
+    }
+
+
+def weights(folder: Path) -> Mapping[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def num_changed(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> int:
+    assert set(before) == set(after)
+    return sum(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_exports_load_in_transformers_and_move(runs: Runs) -> None:
+    start, middle, end = (
+        weights(folder)
+        for folder in (runs.root / "sft/hf", runs.osft / "checkpoints/step_2", runs.osft / "hf")
+    )
+    for before, after in ((start, middle), (middle, end)):
+        assert num_changed(before, after) == len(start)
+    for folder in ("checkpoints/step_2", "hf"):
+        answers = greedy_answers(runs.osft / folder, runs.answers(0, 0), runs.root / "data")
+        assert all(answers)
+    assert sorted(path.name for path in (runs.osft / "checkpoints").iterdir()) == ["step_2"]
+
+
+def test_transformers_gives_the_greedy_answers_of_the_starting_model(runs: Runs) -> None:
+    kept = runs.answers(0, 0)
+    answers = greedy_answers(runs.root / "sft/hf", kept, runs.root / "data")
+    assert answers == [answer["text"] for answer in kept]
+
+
+def greedy_answers(folder: Path, asked: Sequence[Json], data: Path) -> list[str]:
+    """What transformers answers to the problems of `asked` with everything read from `folder`."""
+    problems = [
+        row
+        for name in ("eval", "seen")
+        for row in pq.read_table(data / f"{name}.parquet").to_pylist()
+    ]
+    prompts = {row["id"]: row["prompt"] for row in problems}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = []
+    for answer in asked:
+        text = tokenizer.apply_chat_template(prompts[answer["prompt_id"]], tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        [tokens] = model.generate(**ids, do_sample=False, max_new_tokens=MAX_RESPONSE)
+        new = tokens[ids["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(new, skip_special_tokens=True))
+    return answers
+
+
+BF16_LAYOUT = Topology(tp=2, pp=1, dp=1, rollout_tp=1)
+VOCAB = 67
+
+
+def stop_pushing(sync: WeightSync, engine: VllmEngine) -> None:
+    """After the first push version numbers move on and weights do not."""
+    real = sync.push
+
+    def push() -> Any:
+        if sync.version < 1:
+            return real()
+        engine.begin_update()
+        sync.version += 1
+        return engine.finish_update(sync.version)
+
+    sync.push = push  # type: ignore[method-assign]
+
+
+def fit_bf16(_rank: int, folder: Path, out: Path, stale: bool) -> str:
+    """The real loop in bf16; returns the gate's message, or nothing after an export to hf/."""
+    context = join(BF16_LAYOUT)
+    train = TrainConfig(
+        steps=NUM_STEPS, prompts_per_step=16, prompts_per_update=8, micro_batch_size=4,
+        lr=0.01, lr_warmup_steps=0,
+    )  # fmt: skip
+    config = run_config(folder, BF16_LAYOUT, train=train)
+    config = replace(config, model=replace(config.model, dtype="bf16"))
+    check(config, world_size=BF16_LAYOUT.world_size, phase="train", device="cpu", need_files=False)
+    actor, engine = build_actor(config, context), start_engine(config, context)
+    sync = build_sync(config, actor, engine)
+    run_folder = RunFolder(out, writer=context.rank == 0)
+    run_folder.create()
+    torch.distributed.barrier()
+    loop = OsftLoop(
+        config=config,
+        num_steps=NUM_STEPS,
+        prompts=random_prompts(32, vocab=VOCAB),
+        actor=actor,
+        engine=engine,
+        sync=sync,
+        evaluator=None,
+        decode=str,
+        folder=run_folder,
+        metrics=MetricsLog(run_folder, config.logging, {}),
+        console=Console(enabled=False),
+        clock=Clock(),
+    )
+    if stale:
+        stop_pushing(sync, engine)
+    sync.push()
+    try:
+        loop.fit()
+    except AgreementError as error:
+        return str(error)
+    loop.save("hf")
+    return ""
+
+
+def run_bf16(tmp_path: Path, *, stale: bool) -> tuple[str, list[Json]]:
+    """The gate's message and the metrics of the completed steps."""
+    folder = save_random_model(tmp_path / "model", vocab=VOCAB, hidden=128, dtype=torch.bfloat16)
+    out = tmp_path / "run"
+    messages = run_ranks(fit_bf16, BF16_LAYOUT.world_size, folder=folder, out=out, stale=stale)
+    assert len(set(messages)) == 1, messages
+    return messages[0], json_lines(out / "metrics.jsonl")
+
+
+def test_bf16_run_stays_within_its_gate(tmp_path: Path) -> None:
+    message, metrics = run_bf16(tmp_path, stale=False)
+    assert message == ""
+    assert [record["step"] for record in metrics] == list(range(1, NUM_STEPS + 1))
+    assert all(math.isfinite(value) for record in metrics for value in record.values())
+    assert max(record["sync/logprob_diff_mean"] for record in metrics) <= 0.05
+    # Rounding shows: this is not fp32 under another name.
+    assert min(record["sync/logprob_diff_mean"] for record in metrics) > 1e-4
+    start, end = weights(tmp_path / "model"), weights(tmp_path / "run" / "hf")
+    assert {tensor.dtype for tensor in end.values()} == {torch.bfloat16}
+    assert num_changed(start, end) == len(start)
+
+
+def test_stale_weights_stop_a_bf16_run(tmp_path: Path) -> None:
+    message, metrics = run_bf16(tmp_path, stale=True)
+    assert [record["step"] for record in metrics] == [1]
+    assert re.match(r"step 2: rollout .*disagree by \S+ nats", message), message
+    assert re.search(r"option sync\.(max|mean)_logprob_diff", message), message
