@@ -45,42 +45,22 @@ NUM_STEPS = 3
 NUM_SAMPLES = 2
 MAX_RESPONSE = 24
 SHARED = [
-    "model.dtype=fp32",
-    "parallel.tp=2",
-    "rollout.max_prompt_tokens=16",
-    f"rollout.max_response_tokens={MAX_RESPONSE}",
-    "train.lr_warmup_steps=0",
-]
+    "model.dtype=fp32", "parallel.tp=2", "rollout.max_prompt_tokens=16",
+    f"rollout.max_response_tokens={MAX_RESPONSE}", "train.lr_warmup_steps=0",
+]  # fmt: skip
 SFT = [
-    *SHARED,
-    "output_dir=sft",
-    "model.path=data/model",
-    "model.init=random",
-    "data.train=data/sft.parquet",
-    "train.steps=50",
-    "train.prompts_per_step=24",
-    "train.prompts_per_update=24",
-    "train.micro_batch_size=24",
-    "train.lr=4e-3",
-]
+    *SHARED, "output_dir=sft", "model.path=data/model", "model.init=random",
+    "data.train=data/sft.parquet", "train.steps=50", "train.prompts_per_step=24",
+    "train.prompts_per_update=24", "train.micro_batch_size=24", "train.lr=4e-3",
+]  # fmt: skip
 OSFT = [
-    *SHARED,
-    "output_dir=osft",
-    "model.path=sft/hf",
-    "rollout.tp=2",
-    "rollout.kv_cache_gib=0.05",
-    "data.train=data/train.parquet",
-    f"train.steps={NUM_STEPS}",
-    "train.prompts_per_step=16",
-    "train.prompts_per_update=8",
-    "train.micro_batch_size=4",
-    "train.lr=3e-4",
-    "evaluation.files=[data/eval.parquet,data/seen.parquet]",
-    "evaluation.every=2",
-    f"evaluation.num_samples={NUM_SAMPLES}",
-    "evaluation.baseline_temperatures=[0]",
+    *SHARED, "output_dir=osft", "model.path=sft/hf", "rollout.tp=2", "rollout.kv_cache_gib=0.05",
+    "data.train=data/train.parquet", f"train.steps={NUM_STEPS}", "train.prompts_per_step=16",
+    "train.prompts_per_update=8", "train.micro_batch_size=4", "train.lr=3e-4",
+    "evaluation.files=[data/eval.parquet,data/seen.parquet]", "evaluation.every=2",
+    f"evaluation.num_samples={NUM_SAMPLES}", "evaluation.baseline_temperatures=[0]",
     "checkpoint.every=2",
-]
+]  # fmt: skip
 Json = dict[str, Any]
 
 
@@ -104,9 +84,8 @@ class Runs:
         return json_lines(self.osft / "metrics.jsonl")
 
     def answers(self, step: int, temperature: int) -> list[Json]:
-        return json_lines(
-            self.osft / "evaluations" / f"step_{step}_temperature_{temperature}.jsonl"
-        )
+        name = f"step_{step}_temperature_{temperature}.jsonl"
+        return json_lines(self.osft / "evaluations" / name)
 
 
 def json_lines(path: Path) -> list[Json]:
@@ -127,19 +106,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def write_seen_problems(data: Path) -> None:
     """The first SFT questions as problems of a second, smaller data source."""
-    rows = [
-        {
-            "prompt": row["prompt"],
-            "data_source": "seen",
-            "ability": "math",
-            "reward_model": {
-                "ground_truth": re.findall(r"boxed\{(\d+)\}", row["response"])[0],
-                "style": "rule",
-            },
-            "id": f"seen/{number}",
-        }
-        for number, row in enumerate(pq.read_table(data / "sft.parquet").to_pylist()[:NUM_SEEN])
-    ]
+    rows = []
+    for number, row in enumerate(pq.read_table(data / "sft.parquet").to_pylist()[:NUM_SEEN]):
+        [truth] = re.findall(r"boxed\{(\d+)\}", row["response"])
+        rows.append(
+            {"prompt": row["prompt"], "data_source": "seen", "ability": "math",
+             "reward_model": {"ground_truth": truth, "style": "rule"}, "id": f"seen/{number}"}
+        )  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows, schema=PROBLEM_SCHEMA), data / "seen.parquet")
 
 
@@ -153,10 +126,8 @@ def pass_at_1(answers: Sequence[Json]) -> float:
     for answer in answers:
         source = by_problem.setdefault(answer["data_source"], {})
         source.setdefault(answer["prompt_id"], []).append(answer["correct"])
-    assert {source: len(problems) for source, problems in by_problem.items()} == {
-        "arithmetic": TASK.num_eval,
-        "seen": NUM_SEEN,
-    }
+    sizes = {source: len(problems) for source, problems in by_problem.items()}
+    assert sizes == {"arithmetic": TASK.num_eval, "seen": NUM_SEEN}
     return mean([mean([mean(p) for p in problems.values()]) for problems in by_problem.values()])
 
 
@@ -292,8 +263,8 @@ def test_rollouts_keep_what_was_trained_on(runs: Runs) -> None:
 
 
 def test_config_and_manifest_tell_how_to_run_it_again(runs: Runs) -> None:
-    for name, options in (("sft", SFT), ("osft", OSFT)):
-        assert load_config([], runs.root / name) == load_config(options)
+    assert load_config([], runs.root / "sft") == load_config(SFT)
+    assert load_config([], runs.osft) == load_config(OSFT)
     manifest = json.loads((runs.osft / "manifest.json").read_text())
     assert (manifest["seed"], manifest["world_size"]) == (1, 2)
     assert manifest["command"][1:] == ["train", *OSFT]
@@ -324,25 +295,20 @@ def test_exports_load_in_transformers_and_move(runs: Runs) -> None:
     for before, after in ((start, middle), (middle, end)):
         assert num_changed(before, after) == len(start)
     for folder in ("checkpoints/step_2", "hf"):
-        answers = greedy_answers(runs.osft / folder, runs.answers(0, 0), runs.root / "data")
-        assert all(answers)
+        assert all(greedy_answers(runs.osft / folder, runs.answers(0, 0), runs.root / "data"))
     assert sorted(path.name for path in (runs.osft / "checkpoints").iterdir()) == ["step_2"]
 
 
 def test_transformers_gives_the_greedy_answers_of_the_starting_model(runs: Runs) -> None:
     kept = runs.answers(0, 0)
-    answers = greedy_answers(runs.root / "sft/hf", kept, runs.root / "data")
-    assert answers == [answer["text"] for answer in kept]
+    texts = [answer["text"] for answer in kept]
+    assert greedy_answers(runs.root / "sft/hf", kept, runs.root / "data") == texts
 
 
 def greedy_answers(folder: Path, asked: Sequence[Json], data: Path) -> list[str]:
     """What transformers answers to the problems of `asked` with everything read from `folder`."""
-    problems = [
-        row
-        for name in ("eval", "seen")
-        for row in pq.read_table(data / f"{name}.parquet").to_pylist()
-    ]
-    prompts = {row["id"]: row["prompt"] for row in problems}
+    tables = [pq.read_table(data / f"{name}.parquet") for name in ("eval", "seen")]
+    prompts = {row["id"]: row["prompt"] for table in tables for row in table.to_pylist()}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answers = []
@@ -350,8 +316,8 @@ def greedy_answers(folder: Path, asked: Sequence[Json], data: Path) -> list[str]
         text = tokenizer.apply_chat_template(prompts[answer["prompt_id"]], tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
         [tokens] = model.generate(**ids, do_sample=False, max_new_tokens=MAX_RESPONSE)
-        new = tokens[ids["input_ids"].shape[1] :]
-        answers.append(tokenizer.decode(new, skip_special_tokens=True))
+        new_ids = tokens[ids["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(new_ids, skip_special_tokens=True))
     return answers
 
 
@@ -385,23 +351,14 @@ def fit_bf16(_rank: int, folder: Path, out: Path, stale: bool) -> str:
     check(config, world_size=BF16_LAYOUT.world_size, phase="train", device="cpu", need_files=False)
     actor, engine = build_actor(config, context), start_engine(config, context)
     sync = build_sync(config, actor, engine)
-    run_folder = RunFolder(out, writer=context.rank == 0)
-    run_folder.create()
+    (run_folder := RunFolder(out, writer=context.rank == 0)).create()
     torch.distributed.barrier()
     loop = OsftLoop(
-        config=config,
-        num_steps=NUM_STEPS,
-        prompts=random_prompts(32, vocab=VOCAB),
-        actor=actor,
-        engine=engine,
-        sync=sync,
-        evaluator=None,
-        decode=str,
-        folder=run_folder,
-        metrics=MetricsLog(run_folder, config.logging, {}),
-        console=Console(enabled=False),
+        config=config, num_steps=NUM_STEPS, prompts=random_prompts(32, vocab=VOCAB), actor=actor,
+        engine=engine, sync=sync, evaluator=None, decode=str, folder=run_folder,
+        metrics=MetricsLog(run_folder, config.logging, {}), console=Console(enabled=False),
         clock=Clock(),
-    )
+    )  # fmt: skip
     if stale:
         stop_pushing(sync, engine)
     sync.push()
