@@ -171,6 +171,7 @@ def test_sampling_is_one_call_with_seeds_of_its_own(grader: Grader) -> None:
         temperature=0.7,
         top_p=0.9,
         num_samples=4,
+        logprobs=False,
         max_tokens=MAX_TOKENS,
         seed=7 + EVALUATION_SEED_OFFSET,
         step=3,
