@@ -67,7 +67,7 @@ def _start(
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": OWN_RUN_ID,
     }
-    # Its own session: Ctrl-C in the terminal is for the launcher to handle.
+    # Away from the terminal: Ctrl-C there is for the launcher to handle.
     command = [sys.executable, "-m", "osft_mcore.cli", *arguments]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
