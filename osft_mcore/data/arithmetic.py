@@ -36,11 +36,11 @@ class ArithmeticTask:
 
     num_sft: int = 40_000
     num_train: int = 20_000
-    num_eval: int = 256
-    num_addends: int = 3
-    max_addend: int = 59
+    num_eval: int = 512
+    num_addends: int = 4
+    max_addend: int = 29
     """Addends are uniform in 1..max_addend."""
-    wrong_share: float = 0.2
+    wrong_share: float = 0.3
     """Probability that a step of an SFT trace is wrong."""
     seed: int = 1
 
