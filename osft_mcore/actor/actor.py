@@ -12,21 +12,16 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from osft_mcore.actor.batching import MicroBatch, micro_batches
+from osft_mcore.actor.megatron_layout import actor_layouts
 from osft_mcore.actor.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from osft_mcore.loss.vocab_parallel import token_statistics
-from osft_mcore.model.build import (
-    build_stage,
-    output_weight,
-    padded_vocab,
-    uses_transformer_engine,
-)
+from osft_mcore.model.build import build_stage, output_weight, uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.records import Example
 from osft_mcore.weights.fill import random_into
-from osft_mcore.weights.params import megatron_layouts
 from osft_mcore.weights.safetensors_io import load_into
 
 
@@ -89,29 +84,18 @@ class Actor:
             sequence_parallel=parallel.sequence_parallel,
             vocab_multiple=model.vocab_multiple,
         )
-        self.layouts = self.layouts_of(context.rank)
+        self.layouts = actor_layouts(
+            shape,
+            context.topology,
+            vocab_multiple=model.vocab_multiple,
+            transformer_engine=uses_transformer_engine(),
+        )
         self._load_weights(seed)
         with megatron_device():
             self.wrapped = wrap_data_parallel(self.stage, distributed_optimizer=distributed)
             self.optimizer = build_optimizer(
                 self.wrapped, train, dtype=self.dtype, distributed_optimizer=distributed
             )
-
-    def layouts_of(self, rank: int) -> Any:
-        """Layouts of the parameters that global rank `rank` holds, by Megatron name."""
-        topology = self.context.topology
-        place = topology.coordinates(rank)
-        return megatron_layouts(
-            self.shape,
-            tp=topology.tp,
-            tp_rank=place.tp_rank,
-            pp=topology.pp,
-            pp_rank=place.pp_rank,
-            vocab_padded=padded_vocab(
-                self.shape.vocab, multiple=self.model.vocab_multiple, tp=topology.tp
-            ),
-            transformer_engine=uses_transformer_engine(),
-        )
 
     def parameters(self) -> dict[str, Tensor]:
         """This rank's live parameters, by Megatron name."""
@@ -136,9 +120,9 @@ class Actor:
     def _load_weights(self, seed: int) -> None:
         parameters = self.parameters()
         if self.model.init == "random":
-            random_into(parameters, self.layouts, self.shape, seed)
+            random_into(parameters, self.layouts[self.context.rank], self.shape, seed)
         else:
-            load_into(parameters, self.layouts, self.model.path)
+            load_into(parameters, self.layouts[self.context.rank], self.model.path)
 
     def _forward_backward(
         self, examples: Sequence[Example], *, tau_sample: float, forward_only: bool

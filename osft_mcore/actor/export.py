@@ -46,9 +46,8 @@ def _gather(
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the checkpoint, whole, on rank 0; the others only take part."""
     context = actor.context
-    sources = {rank: actor.layouts_of(rank) for rank in range(context.topology.world_size)}
     for layouts in _portions(hf_layouts(actor.shape), max_shard_bytes // actor.dtype.itemsize):
-        plan = make_plan(sources, {0: layouts})
+        plan = make_plan(actor.layouts, {0: layouts})
         schedule = make_schedule(plan, context.rank, dtype=actor.dtype, bucket_bytes=bucket_bytes)
         received = {
             name: torch.empty(layout.shape, dtype=actor.dtype, device=context.device)

@@ -99,6 +99,12 @@ class ModelShape:
         return self.num_layers * layer + embeddings + self.hidden
 
 
+def padded_vocab(vocab: int, *, multiple: int, tp: int) -> int:
+    """Vocabulary rows of the actor, padding included."""
+    step = multiple * tp
+    return -(-vocab // step) * step
+
+
 def read_model_shape(folder: str | Path) -> ModelShape:
     """Read `folder`/config.json.
 

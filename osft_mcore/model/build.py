@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from osft_mcore.config.model_shape import ModelShape
+from osft_mcore.config.model_shape import ModelShape, padded_vocab
 from osft_mcore.model.local_spec import RmsNorm, local_layer_spec
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
@@ -43,12 +43,6 @@ def kernels_in_use() -> dict[str, str]:
         "adam": adam,
         "loss": "torch, chunked over tokens, vocab-parallel",
     }
-
-
-def padded_vocab(vocab: int, *, multiple: int, tp: int) -> int:
-    """Vocabulary rows of the actor, padding included."""
-    step = multiple * tp
-    return -(-vocab // step) * step
 
 
 def build_stage(

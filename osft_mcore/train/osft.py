@@ -98,11 +98,10 @@ def build_engine(
 def build_sync(config: RunConfig, actor: Actor, engine: VllmEngine) -> WeightSync:
     """The bridge between the two, its plan computed and compared over all ranks."""
     context = actor.context
-    sources = {rank: actor.layouts_of(rank) for rank in range(context.topology.world_size)}
     targets = engine_layouts(actor.shape, context.topology)
     return WeightSync(
-        make_plan(sources, targets),
-        sources,
+        make_plan(actor.layouts, targets),
+        actor.layouts,
         rank=context.rank,
         source_params=actor.parameters,
         target=engine,

@@ -159,10 +159,9 @@ def build_loop(config: RunConfig, context: ParallelContext, grader: Grader | Non
 
 def build_sync(actor: Actor, engine: TorchEngine) -> WeightSync:
     context = actor.context
-    sources = {rank: actor.layouts_of(rank) for rank in range(context.topology.world_size)}
     return WeightSync(
-        make_plan(sources, torch_engine_layouts(actor.shape, context.topology)),
-        sources,
+        make_plan(actor.layouts, torch_engine_layouts(actor.shape, context.topology)),
+        actor.layouts,
         rank=context.rank,
         source_params=actor.parameters,
         target=engine,

@@ -1,0 +1,53 @@
+"""The plan as the tool prints it, for the shapes of public models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "show_reshard_plan.py"
+QWEN25_7B = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 28,
+    "hidden_size": 3584,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+}
+
+
+def show(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "config.json").write_text(json.dumps(QWEN25_7B), encoding="utf-8")
+    command = [sys.executable, str(TOOL), str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_json_states_bytes_bound_and_imbalance(tmp_path: Path) -> None:
+    shown = show(tmp_path, "--tp", "2", "--pp", "2", "--rollout-tp", "4", "--json")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert [at["rank"] for at in found["ranks"]] == [0, 1, 2, 3]
+    assert found["ratio"] == 1.0
+    assert found["received"] == found["least"] == sum(at["received"] for at in found["ranks"])
+    # The four targets are the 7.6e9 bf16 parameters, norms and the rest of the padding aside.
+    filled = found["received"] + sum(at["local"] for at in found["ranks"])
+    assert filled == pytest.approx(2 * 7.6156e9, rel=1e-3)
+    sent = [at["sent"] for at in found["ranks"]]
+    assert found["imbalance"] == pytest.approx(max(sent) / (sum(sent) / 4))
+
+
+def test_the_table_ends_with_the_ratio(tmp_path: Path) -> None:
+    shown = show(tmp_path, "--tp", "4", "--rollout-tp", "4")
+    assert shown.returncode == 0, shown.stderr
+    assert "ratio 1.00" in shown.stdout.splitlines()[-1]
+    assert len(shown.stdout.splitlines()) == 6
+
+
+def test_a_rollout_that_does_not_fit_is_one_clear_error(tmp_path: Path) -> None:
+    shown = show(tmp_path, "--tp", "3", "--rollout-tp", "2")
+    assert shown.returncode != 0
+    assert "--rollout-tp 2 must divide the world of tp * pp * dp = 3 ranks" in shown.stderr
+    assert "Traceback" not in shown.stderr
