@@ -18,6 +18,8 @@ class Family:
     qk_norm: bool
     vllm_reads_head_dim: bool = True
     """False: vLLM takes hidden / heads whatever config.json says."""
+    window_unless_null: int | None = None
+    """Set: attention is windowed unless sliding_window is null; this many where it is left out."""
 
 
 FAMILIES: Final = MappingProxyType(
@@ -25,6 +27,7 @@ FAMILIES: Final = MappingProxyType(
         "qwen2": Family(qkv_bias=True, qk_norm=False, vllm_reads_head_dim=False),
         "qwen3": Family(qkv_bias=False, qk_norm=True),
         "llama": Family(qkv_bias=False, qk_norm=False),
+        "mistral": Family(qkv_bias=False, qk_norm=False, window_unless_null=4096),
     }
 )
 """A new dense family is one entry here."""
@@ -45,7 +48,12 @@ _SIZES: Final = (
     "intermediate_size",
     "vocab_size",
 )
-_OPTIONAL_SIZES: Final = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_OPTIONAL_SIZES: Final = (
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+)
 _OPTIONAL_NUMBERS: Final = (
     "rms_norm_eps",
     "rope_theta",
@@ -200,6 +208,21 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     )
 
 
+def _window_that_cuts(raw: dict[str, Any], family: Family) -> Iterator[str]:
+    """A sliding window that hides earlier tokens; one as long as the longest sequence does not."""
+    if raw.get("use_sliding_window"):
+        yield "use_sliding_window true is not supported"
+    if family.window_unless_null is None:
+        return
+    window = raw.get("sliding_window", family.window_unless_null)
+    longest = raw.get("max_position_embeddings")
+    if isinstance(window, int) and not (isinstance(longest, int) and longest <= window):
+        yield (
+            f"sliding_window {window} is shorter than max_position_embeddings {longest}, which is "
+            "not supported; sliding_window null is, and so is a shorter maximum"
+        )
+
+
 def _unsupported(raw: dict[str, Any], rope: dict[str, Any], family: Family) -> list[str]:
     """Features that would train to something other than what transformers computes."""
     problems = []
@@ -215,8 +238,7 @@ def _unsupported(raw: dict[str, Any], rope: dict[str, Any], family: Family) -> l
         problems.append("attention_bias true is not supported for this family")
     if raw.get("mlp_bias"):
         problems.append("mlp_bias true is not supported")
-    if raw.get("use_sliding_window"):
-        problems.append("use_sliding_window true is not supported")
+    problems += _window_that_cuts(raw, family)
     if raw.get("partial_rotary_factor") not in (None, 1):
         problems.append("partial_rotary_factor other than 1 is not supported")
     return problems

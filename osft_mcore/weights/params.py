@@ -1,6 +1,6 @@
 """The dense decoder as one table: every parameter under its names, and how each side lays it out.
 
-Qwen2, Qwen3 and Llama differ only in switches of ModelShape; nothing here asks for the family.
+Families differ only in switches of ModelShape; nothing here asks for the family.
 """
 
 from collections.abc import Iterator

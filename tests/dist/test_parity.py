@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_untied": {"kind": "qwen3", "tied": False, "vocab": 67},
     "llama_untied": {"kind": "llama", "tied": False, "vocab": 255},
     "llama_tied_kv1": {"kind": "llama", "tied": True, "vocab": 33, "kv_heads": 1},
+    "mistral": {"kind": "mistral", "vocab": 190, "kv_heads": 1},
     "llama3_rope": {
         "kind": "llama",
         "vocab": 128,

@@ -31,12 +31,14 @@ QWEN2_TIED: dict[str, Any] = {"kind": "qwen2", "tied": True, "vocab": 67}
 QWEN2_SHARED_KV: dict[str, Any] = {"kind": "qwen2", "tied": True, "vocab": 301, "kv_heads": 1}
 QWEN3: dict[str, Any] = {"kind": "qwen3", "tied": False, "vocab": 129}
 LLAMA: dict[str, Any] = {"kind": "llama", "tied": False, "vocab": 255}
-# Every family meets rollout.tp 2; every vocabulary is padded on both sides, differently.
+MISTRAL: dict[str, Any] = {"kind": "mistral", "tied": False, "vocab": 190, "sliding_window": None}
+# Every family (Mistral is Llama's code there) meets rollout.tp 2; every vocabulary is padded on
+# both sides, differently.
 COMBINATIONS = {
     "tp1 -> 1": (Topology(tp=1, pp=1, dp=1, rollout_tp=1), QWEN2_TIED),
     "tp2 -> 1": (Topology(tp=2, pp=1, dp=1, rollout_tp=1), QWEN3),
     "tp2 -> 2": (Topology(tp=2, pp=1, dp=1, rollout_tp=2), LLAMA),
-    "pp2 -> 1": (Topology(tp=1, pp=2, dp=1, rollout_tp=1), LLAMA),
+    "pp2 -> 1": (Topology(tp=1, pp=2, dp=1, rollout_tp=1), MISTRAL),
     # One key/value head: both rollout ranks hold it.
     "pp2 -> 2": (Topology(tp=1, pp=2, dp=1, rollout_tp=2), QWEN2_SHARED_KV),
     "tp2 pp2 -> 1": (Topology(tp=2, pp=2, dp=1, rollout_tp=1), QWEN2_TIED),
