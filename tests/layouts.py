@@ -14,7 +14,7 @@ def model(model_type: str = "qwen2", *, kv_heads: int = 4, tied: bool = False) -
     family = FAMILIES[model_type]
     return ModelShape(
         model_type=model_type,
-        num_layers=2,
+        num_layers=3,
         hidden=24,
         num_heads=24,
         num_kv_heads=kv_heads,
@@ -65,9 +65,9 @@ def megatron_reference(
     if pp_rank == 0:
         embedding = pad_rows(hf["model.embed_tokens.weight"], padded)
         out["embedding.word_embeddings.weight"] = embedding.chunk(tp)[tp_rank]
-    per_stage = shape.num_layers // pp
-    for i in range(per_stage):
-        src = f"model.layers.{pp_rank * per_stage + i}."
+    mine = torch.arange(shape.num_layers).tensor_split(pp)[pp_rank].tolist()
+    for i, layer in enumerate(mine):
+        src = f"model.layers.{layer}."
         dst = f"decoder.layers.{i}."
         for kind in ("weight", "bias") if shape.qkv_bias else ("weight",):
             q, k, v = (hf[f"{src}self_attn.{n}_proj.{kind}"] for n in "qkv")

@@ -268,8 +268,8 @@ def _batch_advice(config: RunConfig, sequences: int, answers: int, unit: int) ->
 def _actor_shape(config: RunConfig, shape: ModelShape) -> Iterator[str]:
     tp, pp = config.parallel.tp, config.parallel.pp
     yield from _tensor_parallel("parallel.tp", tp, shape)
-    if not _divides(pp, shape.num_layers):
-        yield _does_not_divide("parallel.pp", pp, "layers", shape.num_layers)
+    if pp > shape.num_layers:
+        yield f"parallel.pp: {pp} stages, but the model has only {shape.num_layers} layers"
     # Without a rollout too: the sum is the longest example that `osft sft` trains on.
     rollout = config.rollout
     tokens = rollout.max_prompt_tokens + rollout.max_response_tokens

@@ -22,6 +22,7 @@ from osft_mcore.config.model_shape import ModelShape, padded_vocab
 from osft_mcore.model.local_spec import RmsNorm, local_layer_spec
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
+from osft_mcore.parallel.topology import stage_layers
 
 
 def uses_transformer_engine() -> bool:
@@ -59,13 +60,14 @@ def build_stage(
     `output_weight` gives the vocabulary shard that turns them into logits.
     """
     topology = context.topology
+    layers = stage_layers(shape.num_layers, topology.pp, context.coordinates.pp_rank)
     with megatron_device():
         config = transformer_config(
             shape, context, dtype=dtype, sequence_parallel=sequence_parallel
         )
         model = GPTModel(
             config,
-            _layer_spec(shape, num_local_layers=shape.num_layers // topology.pp),
+            _layer_spec(shape, num_local_layers=len(layers)),
             vocab_size=padded_vocab(shape.vocab, multiple=vocab_multiple, tp=topology.tp),
             max_sequence_length=shape.max_position,
             pre_process=context.is_first_stage,
@@ -135,6 +137,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=context.topology.tp,
         pipeline_model_parallel_size=context.topology.pp,
+        pipeline_model_parallel_layout=_pipeline_layout(shape.num_layers, context.topology.pp),
         sequence_parallel=sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -157,6 +160,16 @@ def transformer_config(
         apply_rope_fusion=engine,
         persist_layer_norm=engine,
     )
+
+
+def _pipeline_layout(num_layers: int, pp: int) -> list[list[str]] | None:
+    """What each stage holds, in Megatron-Core's words; None where there is one stage."""
+    if pp == 1:
+        return None
+    layout = [["decoder"] * len(stage_layers(num_layers, pp, stage)) for stage in range(pp)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 def _layer_spec(

@@ -3,6 +3,17 @@
 from dataclasses import dataclass
 
 
+def stage_layers(num_layers: int, pp: int, pp_rank: int) -> range:
+    """The layers of one pipeline stage: shares as even as can be, the longer ones first.
+
+    First, because the last stage multiplies by the vocabulary as well. Needs pp <= num_layers.
+    """
+    assert 0 <= pp_rank < pp <= num_layers, f"stage {pp_rank} of {pp}, {num_layers} layers"
+    share, longer = divmod(num_layers, pp)
+    start = pp_rank * share + min(pp_rank, longer)
+    return range(start, start + share + (pp_rank < longer))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coordinates:
     """One rank's place in both layouts."""

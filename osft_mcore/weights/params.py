@@ -9,6 +9,7 @@ from typing import Literal
 
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.errors import WeightError
+from osft_mcore.parallel.topology import stage_layers
 from osft_mcore.weights.layout import Interval, Layout, cut, padded, whole
 
 Split = Literal["none", "columns", "qkv", "gate_up", "vocab"]
@@ -79,11 +80,12 @@ def megatron_layouts(
 ) -> dict[str, Layout]:
     """Layout of every parameter of one Megatron-Core stage, by its name on that stage.
 
-    Stages hold equal numbers of layers, numbered from 0 on each. A tied model on several stages
-    has a copy of the embedding as the last stage's output layer.
-    Raises WeightError where the model does not divide.
+    Layers are numbered from 0 on each stage. A tied model on several stages has a copy of the
+    embedding as the last stage's output layer. Raises WeightError where the model does not divide.
     """
-    layers = _stage_layers(shape.num_layers, pp, pp_rank)
+    if pp > shape.num_layers:
+        raise WeightError(f"{pp} stages, but the model has {shape.num_layers} layers; parallel.pp")
+    layers = stage_layers(shape.num_layers, pp, pp_rank)
     parameters = [_embedding(shape)] if pp_rank == 0 else []
     for local, layer in enumerate(layers):
         parameters += _layer(shape, hf_layer=layer, megatron_layer=local)
@@ -120,16 +122,6 @@ def vllm_layouts(
         )
         for p in _all_parameters(shape)
     }
-
-
-def _stage_layers(num_layers: int, pp: int, pp_rank: int) -> range:
-    if num_layers % pp or not 0 <= pp_rank < pp:
-        raise WeightError(
-            f"cannot give stage {pp_rank} of {pp} an equal share of {num_layers} layers; "
-            "choose a parallel.pp that divides them"
-        )
-    per_stage = num_layers // pp
-    return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)
 
 
 def _layout(

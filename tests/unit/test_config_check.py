@@ -103,7 +103,7 @@ def test_what_works_passes(
         ("output_dir=''", "output_dir: not set"),
         ("seed=-1", "seed: found -1, expected 0 or more"),
         ("seed=4294967296", "seed: found 4294967296, expected 0 or more and below 2**32"),
-        ("parallel.pp=4", "parallel.pp: 4 does not divide the model's 6 layers; "),
+        ("parallel.pp=7", "parallel.pp: 7 stages, but the model has only 6 layers"),
         ("parallel.dp=0", "parallel.dp: found 0, expected at least 1"),
         ("parallel.sequence_parallel=true", "parallel.sequence_parallel: needs parallel.tp > 1"),
         ("parallel.timeout_minutes=0", "parallel.timeout_minutes: found 0, expected more than 0"),
@@ -387,7 +387,10 @@ def test_wandb_must_be_installed(options: list[str], monkeypatch: pytest.MonkeyP
     [
         ("[1]", "is not a JSON object"),
         ("{", "is not valid JSON"),
-        ('{"model_type": "mamba"}', "has model_type 'mamba'; supported are llama, qwen2, qwen3"),
+        (
+            '{"model_type": "mamba"}',
+            "has model_type 'mamba'; supported are llama, mistral, qwen2, qwen3",
+        ),
         (json.dumps(HF_CONFIG | {"num_attention_heads": 0}), "num_attention_heads is 0, expected"),
         (json.dumps(HF_CONFIG | {"vocab_size": "9"}), "vocab_size is '9', expected a positive"),
     ],

@@ -53,7 +53,7 @@ def test_hf_tensors_are_those_of_transformers(model_type: str, tied: bool) -> No
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("pp", [1, 2, 3])
 def test_megatron_layouts_hold_what_fusing_then_cutting_gives(
     pp: int, model_type: str, tied: bool
 ) -> None:
@@ -139,7 +139,7 @@ def test_transformer_engine_differs_from_the_local_spec_in_norm_names_only() -> 
     renamed = {a: b for a, b in zip(local, fused, strict=True) if a != b}
     assert renamed == {
         f"decoder.layers.{i}.{a}": f"decoder.layers.{i}.{b}"
-        for i in range(2)
+        for i in range(3)
         for a, b in (
             ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
             ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
@@ -163,5 +163,5 @@ def test_a_model_that_does_not_divide_is_refused_by_name() -> None:
         vllm_layouts(model(), tp=6, tp_rank=0, vocab_padded=144)
     with pytest.raises(WeightError, match="101 rows, more than the padded size 100"):
         vllm_layouts(model(), tp=1, tp_rank=0, vocab_padded=100)
-    with pytest.raises(WeightError, match="stage 0 of 3 an equal share of 2 layers"):
-        megatron_layouts(model(), tp=1, pp=3, pp_rank=0, transformer_engine=False, **at)
+    with pytest.raises(WeightError, match="4 stages, but the model has 3 layers"):
+        megatron_layouts(model(), tp=1, pp=4, pp_rank=0, transformer_engine=False, **at)

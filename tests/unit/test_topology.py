@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.parallel_state import RankGenerator
 
-from osft_mcore.parallel.topology import Topology
+from osft_mcore.parallel.topology import Topology, stage_layers
 
 SIZES = st.integers(1, 6)
 
@@ -63,3 +63,13 @@ def test_an_example_to_check_by_eye() -> None:
     place = Topology(tp=2, pp=2, dp=2, rollout_tp=4).coordinates(5)
     assert (place.tp_rank, place.dp_rank, place.pp_rank) == (1, 0, 1)
     assert (place.replica, place.rollout_tp_rank) == (1, 1)
+
+
+@given(st.integers(1, 9), st.integers(0, 40))
+def test_stages_share_the_layers_in_order_and_as_evenly_as_can_be(pp: int, more: int) -> None:
+    num_layers = pp + more
+    stages = [stage_layers(num_layers, pp, pp_rank) for pp_rank in range(pp)]
+    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+    sizes = [len(stage) for stage in stages]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= 1

@@ -12,13 +12,13 @@ from models import reference_logits, save_random_model
 from ranks import run_ranks
 
 from osft_mcore.actor.actor import Actor
-from osft_mcore.train.start import build_actor
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import ModelConfig, ParallelConfig, RunConfig
 from osft_mcore.model.build import output_weight
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology
+from osft_mcore.train.start import build_actor
 
 LAYOUTS = {
     "tp1": (1, 1, False),
@@ -30,11 +30,11 @@ LAYOUTS = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2_tied": {"kind": "qwen2", "tied": True, "vocab": 67},
-    "qwen2_untied": {"kind": "qwen2", "tied": False, "vocab": 301},
+    "qwen2_untied": {"kind": "qwen2", "tied": False, "vocab": 301, "layers": 3},
     "qwen3_tied": {"kind": "qwen3", "tied": True, "vocab": 129},
     "qwen3_untied": {"kind": "qwen3", "tied": False, "vocab": 67},
     "llama_untied": {"kind": "llama", "tied": False, "vocab": 255},
-    "llama_tied_kv1": {"kind": "llama", "tied": True, "vocab": 33, "kv_heads": 1},
+    "llama_tied_kv1": {"kind": "llama", "tied": True, "vocab": 33, "kv_heads": 1, "layers": 5},
     "mistral": {"kind": "mistral", "vocab": 190, "kv_heads": 1},
     "llama3_rope": {
         "kind": "llama",
