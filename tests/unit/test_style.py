@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,14 @@ def tracked_files() -> list[Path]:
 def test_there_is_something_to_check() -> None:
     assert len(PACKAGE) > 40
     assert TOOLS
+
+
+def test_pytest_enters_every_folder_that_has_tests(pytestconfig: pytest.Config) -> None:
+    """Its defaults skip some common names, `dist` and `build` among them."""
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(folders) > 2
+    skipped = pytestconfig.getini("norecursedirs")
+    assert not {name for name in folders if any(fnmatch(name, skip) for skip in skipped)}
 
 
 def test_files_are_short() -> None:
