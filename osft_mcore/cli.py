@@ -10,7 +10,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from osft_mcore import __version__
@@ -46,16 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     phase: Phase = arguments.command
-    config = load_config(arguments.overrides, arguments.config_dir)
     check_launch_environment()
     world_size = launched_world_size()
-    check(
-        config,
+    checks = partial(
+        check,
         world_size=world_size,
         phase=phase,
         device=device_type(),
         need_files=not arguments.dry_run,
     )
+    try:
+        config = load_config(arguments.overrides, arguments.config_dir)
+    except ConfigError as error:
+        hidden = _hidden_by(error, checks, arguments)
+        raise ConfigError([*error.problems, *hidden]) from None
+    checks(config)
     topology = _topology(config, phase)
     if arguments.dry_run:
         sys.stdout.write(_plan(config, phase, topology))
@@ -71,6 +77,22 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
         return launch(given, num_processes=topology.world_size)
     _run_rank(config, phase, topology)
     return 0
+
+
+def _hidden_by(
+    error: ConfigError, checks: Callable[[RunConfig], None], arguments: argparse.Namespace
+) -> list[str]:
+    """What would also be wrong: unknown options and wrong types hide impossible combinations."""
+    named = [problem.split(":")[0] for problem in error.problems]
+    rest = [text for text in arguments.overrides if text.split("=")[0] not in named]
+    if len(rest) == len(arguments.overrides):
+        return []
+    try:
+        checks(load_config(rest, arguments.config_dir))
+    except ConfigError as more:
+        hidden = [problem for problem in more.problems if problem not in error.problems]
+        return [f"without the above: {problem}" for problem in hidden]
+    return []
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """The real vLLM engine for forked ranks, and independent answers to hold it against."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def largest_difference(folder: Path, responses: Sequence[Response], how: Samplin
     tokens_BS = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
     with torch.no_grad():
         logits_BSV = model(tokens_BS).logits
-    differences = [
+    return largest(
         abs(float(processed_logprobs(logits_BSV[i, at], how)[token]) - logprob)
         for i, response in enumerate(responses)
         for at, token, logprob in zip(
@@ -171,5 +171,9 @@ def largest_difference(folder: Path, responses: Sequence[Response], how: Samplin
             response.token_logprobs,
             strict=False,
         )
-    ]
-    return max(differences)
+    )
+
+
+def largest(differences: Iterable[float]) -> float:
+    """The largest, or NaN if any is NaN: max() passes over a NaN that does not come first."""
+    return float(torch.tensor(list(differences), dtype=torch.float64).max())

@@ -219,6 +219,12 @@ def _rollout_world(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"rollout.tp: {tp} does not divide the world of {world} processes; "
             f"choose one of {_listed(divisors(world))}"
         )
+    elif tp > 0 and 0 < config.train.prompts_per_update < world // tp:
+        yield (
+            f"train.prompts_per_update: {config.train.prompts_per_update}, but there are "
+            f"{world // tp} rollout replicas; the gate compares the answers of one update, so it "
+            "would never see some of them: raise it, or raise rollout.tp"
+        )
 
 
 def _batches(config: RunConfig, phase: Phase) -> Iterator[str]:

@@ -155,8 +155,8 @@ def _compose(overrides: list[str], folder: Path, problems: list[str]) -> dict[st
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(folder), job_name="osft", version_base="1.3"):
-            composed = hydra.compose("config", overrides)
-        stated = OmegaConf.to_container(composed, resolve=False)
+            stated = _stated(overrides)
+            problems += _choices_that_lose(overrides)
         problems += [
             f"{path}: has no value (???); set it" for path, v in _scalars(stated) if v == "???"
         ]
@@ -168,6 +168,29 @@ def _compose(overrides: list[str], folder: Path, problems: list[str]) -> dict[st
         return {}
     assert isinstance(resolved, dict), "a composed config is a mapping"
     return {str(key): value for key, value in resolved.items()}
+
+
+def _stated(overrides: Sequence[str]) -> Any:
+    """What conf/ and the overrides state; Hydra must be initialised."""
+    return OmegaConf.to_container(hydra.compose("config", list(overrides)), resolve=False)
+
+
+def _choices_that_lose(overrides: Sequence[str]) -> list[str]:
+    """Values of `group=choice` that the preset overwrites: the choice would be without effect."""
+    choices = [text for text in overrides if not text.startswith(("+", "~"))]
+    presets = [text for text in choices if text.startswith("experiment=")]
+    chosen = [text for text in choices if text not in presets]
+    if not (presets and chosen):
+        return []
+    unset = dict(_scalars(_stated([])))
+    kept = dict(_scalars(_stated([*presets, *chosen])))
+    return [
+        f"{choice}: states {path} = {_show(value)}, but {presets[-1]} states {_show(kept[path])}, "
+        f"which would win; leave out {choice} and set {path} itself"
+        for choice in chosen
+        for path, value in _scalars(_stated([choice]))
+        if (path not in unset or unset[path] != value) and kept.get(path, value) != value
+    ]
 
 
 def _laid_over(below: Any, above: Any) -> Any:

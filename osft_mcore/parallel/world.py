@@ -29,7 +29,7 @@ def check_launch_environment() -> None:
     if absent:
         problems.append(
             f"{', '.join(absent)}: not set, but {', '.join(sorted(found))} set in the environment; "
-            "a launcher (torchrun, srun) sets all five; unset them to start the ranks from here"
+            "a launcher (torchrun) sets all five; unset them to start the ranks from here"
         )
     numbers = {}
     for name in (*_PLACE, "MASTER_PORT"):
@@ -46,7 +46,7 @@ def check_launch_environment() -> None:
 
 
 def launched_world_size() -> int | None:
-    """World size that torchrun or srun announced; None outside a launcher."""
+    """World size that torchrun announced; None outside a launcher."""
     value = os.environ.get("WORLD_SIZE")
     return int(value) if value else None
 

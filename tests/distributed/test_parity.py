@@ -25,6 +25,7 @@ LAYOUTS = {
     "tp2": (2, 1, False),
     "tp2_sp": (2, 1, True),
     "pp2": (1, 2, False),
+    "pp3": (1, 3, False),
     "tp2_pp2": (2, 2, False),
     "tp2_pp2_sp": (2, 2, True),
 }
@@ -112,9 +113,10 @@ def test_logits_equal_transformers(folders: dict[str, Path], layout: str) -> Non
     usable = {
         name: folder
         for name, folder in folders.items()
-        if max(tp, read_model_shape(folder).num_kv_heads) % tp == 0
+        if read_model_shape(folder).num_layers >= pp
     }
     results = run_ranks(_largest_difference, tp * pp, folders=usable, layout=layout)
     seen = {name: diff for part in results for name, diff in part.items()}
-    assert seen.keys() == usable.keys()
-    assert max(seen.values()) <= 1e-4, seen
+    assert seen.keys() == usable.keys() != set()
+    # Not max(): it passes over a NaN that does not come first.
+    assert all(difference <= 1e-4 for difference in seen.values()), seen

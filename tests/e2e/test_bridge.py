@@ -8,6 +8,7 @@ import pytest
 from engines_vllm import (
     BLOCK,
     join,
+    largest,
     largest_difference,
     random_prompts,
     run_config,
@@ -36,6 +37,7 @@ MISTRAL: dict[str, Any] = {"kind": "mistral", "tied": False, "vocab": 190, "slid
 # both sides, differently.
 COMBINATIONS = {
     "tp1 -> 1": (Topology(tp=1, pp=1, dp=1, rollout_tp=1), QWEN2_TIED),
+    "tp1 dp2 -> 2": (Topology(tp=1, pp=1, dp=2, rollout_tp=2), QWEN2_TIED),
     "tp2 -> 1": (Topology(tp=2, pp=1, dp=1, rollout_tp=1), QWEN3),
     "tp2 -> 2": (Topology(tp=2, pp=1, dp=1, rollout_tp=2), LLAMA),
     "pp2 -> 1": (Topology(tp=1, pp=2, dp=1, rollout_tp=1), MISTRAL),
@@ -46,7 +48,7 @@ COMBINATIONS = {
 }
 NUM_PUSHES = 2
 NUM_PROMPTS = 9
-"""Odd: replicas get different numbers of them."""
+"""Of each data-parallel rank. Odd: replicas get different numbers of them."""
 ASKED = (sampling(1.0), sampling(0.6))
 TOLERANCE = 1e-4
 
@@ -63,8 +65,9 @@ class Push:
 def push_and_sample(_rank: int, folder: Path, out: Path, topology: Topology) -> list[Push]:
     """Update, push, export, sample; twice. The export of push i is `out`/i."""
     context = join(topology)
+    num_prompts = NUM_PROMPTS * topology.dp
     train = TrainConfig(
-        prompts_per_step=NUM_PROMPTS, prompts_per_update=NUM_PROMPTS, micro_batch_size=3
+        prompts_per_step=num_prompts, prompts_per_update=num_prompts, micro_batch_size=3
     )
     config = run_config(folder, topology, train=train)
     check(config, world_size=topology.world_size, phase="train", device="cpu", need_files=False)
@@ -72,7 +75,7 @@ def push_and_sample(_rank: int, folder: Path, out: Path, topology: Topology) -> 
     actor, engine = build_actor(config, context), start_engine(config, context)
     sync = build_sync(config, actor, engine)
     sync.push()
-    prompts = random_prompts(NUM_PROMPTS, vocab=shape.vocab, prefix=BLOCK + 12)
+    prompts = random_prompts(num_prompts, vocab=shape.vocab, prefix=BLOCK + 12)
     trained_on = engine.generate(prompts, ASKED[0])
     pushes = []
     for push in range(NUM_PUSHES):
@@ -118,13 +121,14 @@ def test_pushed_weights_are_the_exported_ones(combination: str, tmp_path: Path) 
         for how, responses, expected in zip(ASKED, pushed.responses, stock, strict=True):
             name = f"push {push} tau {how.temperature}"
             assert [list(r.token_ids) for r in responses] == [ids for ids, _ in expected], name
-            differences[f"{name} stock vLLM"] = max(
+            differences[f"{name} stock vLLM"] = largest(
                 abs(mine - theirs)
                 for response, (_, logprobs) in zip(responses, expected, strict=True)
                 for mine, theirs in zip(response.token_logprobs, logprobs, strict=True)
             )
             differences[f"{name} transformers"] = largest_difference(exported, responses, how)
-    assert max(differences.values()) <= TOLERANCE, differences
+    # Not max(): it passes over a NaN that does not come first.
+    assert all(difference <= TOLERANCE for difference in differences.values()), differences
     _assert_updates_show(by_rank[0], [folder, tmp_path / "0", tmp_path / "1"])
 
 

@@ -49,6 +49,19 @@ def test_a_dry_run_still_refuses_what_cannot_work(tmp_path: Path) -> None:
     assert "train.lr: found -1" in result.err
 
 
+def test_an_unknown_option_hides_no_impossible_combination(tmp_path: Path) -> None:
+    preset = f"experiment={PRESETS[0]}"
+    result = forked(
+        ["train", "--dry-run", preset, "train.lrr=1", "model.dtype=fp17", "rollout.tp=3"], tmp_path
+    )
+    assert (result.code, result.out) == (2, "")
+    lines = result.err.splitlines()[1:]
+    assert len(lines) == 3
+    assert any("train.lrr: unknown option; did you mean train.lr?" in line for line in lines)
+    assert any("model.dtype: found 'fp17'" in line for line in lines)
+    assert lines[2].startswith("  - without the above: rollout.tp: 3 does not divide the world")
+
+
 def test_version_and_help_as_a_process(tmp_path: Path) -> None:
     runs = [started(arguments, tmp_path) for arguments in (["--version"], ["train", "--help"])]
     version, usage = (outcome(run) for run in runs)

@@ -322,10 +322,17 @@ def test_following_the_advice_on_batches_works(
             assert batch_problems(dataclasses.replace(config, train=changed)) == []
 
 
+def test_a_replica_that_the_gate_would_never_see_is_refused(options: list[str]) -> None:
+    layout = ["parallel.dp=4", "train.prompts_per_step=2", "rollout.num_samples=8"]
+    [problem] = problems_of([*options, *layout], "train.prompts_per_update=2")
+    assert problem.startswith("train.prompts_per_update: 2, but there are 4 rollout replicas")
+    assert problems_of([*options, *layout], "train.prompts_per_update=2", "rollout.tp=2") == []
+
+
 def batch_config(step: int, update: int, samples: int, dp: int, micro: int) -> RunConfig:
     return RunConfig(
         parallel=ParallelConfig(dp=dp),
-        rollout=RolloutConfig(num_samples=samples),
+        rollout=RolloutConfig(num_samples=samples, tp=dp),
         train=TrainConfig(prompts_per_step=step, prompts_per_update=update, micro_batch_size=micro),
     )
 

@@ -58,6 +58,17 @@ def test_values_win_over_choices_and_presets_win_over_groups() -> None:
     assert load_config(["algorithm=coupled", "rollout.tau_sample=0.7"]).rollout.tau_sample == 0.7
 
 
+def test_a_choice_that_the_preset_would_overwrite_is_refused() -> None:
+    preset = "experiment=arithmetic_osft"
+    [problem] = problems_of(preset, "algorithm=coupled")
+    assert problem.startswith("algorithm=coupled: states rollout.tau_sample = 1.0, but")
+    assert "experiment=arithmetic_osft states 0.6" in problem
+    [problem] = problems_of("parallel=tp4_pp2", preset)
+    assert "leave out parallel=tp4_pp2 and set parallel.tp itself" in problem
+    assert load_config([preset, "parallel=tp2"]).parallel.sequence_parallel
+    assert load_config([preset, "logging=wandb"]).logging.wandb
+
+
 def test_whole_numbers_pass_for_numbers_and_lists_for_tuples() -> None:
     config = load_config(["train.lr=1", "evaluation.files=[a.parquet,b c.parquet]"])
     assert isinstance(config.train.lr, float)
