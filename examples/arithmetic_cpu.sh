@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 rm -rf runs/arithmetic
 
-echo "== 1/3 data: chain sums, 30% of the worked steps wrong"
+echo "== 1/3 data: chain sums, some worked steps wrong"
 python tools/make_arithmetic.py --out runs/arithmetic/data --seed 7
 
 echo "== 2/3 SFT from random weights"

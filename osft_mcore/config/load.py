@@ -176,12 +176,16 @@ def _stated(overrides: Sequence[str]) -> Any:
 
 
 def _choices_that_lose(overrides: Sequence[str]) -> list[str]:
-    """Values of `group=choice` that the preset overwrites: the choice would be without effect."""
+    """Values of `group=choice` that the preset overwrites: the choice would be without effect.
+
+    Not those that a `dotted.key=value` decides in any case.
+    """
     choices = [text for text in overrides if not text.startswith(("+", "~"))]
     presets = [text for text in choices if text.startswith("experiment=")]
     chosen = [text for text in choices if text not in presets]
     if not (presets and chosen):
         return []
+    given = {text.lstrip("+").split("=")[0] for text in overrides}
     unset = dict(_scalars(_stated([])))
     kept = dict(_scalars(_stated([*presets, *chosen])))
     return [
@@ -189,7 +193,9 @@ def _choices_that_lose(overrides: Sequence[str]) -> list[str]:
         f"which would win; leave out {choice} and set {path} itself"
         for choice in chosen
         for path, value in _scalars(_stated([choice]))
-        if (path not in unset or unset[path] != value) and kept.get(path, value) != value
+        if path not in given
+        and (path not in unset or unset[path] != value)
+        and kept.get(path, value) != value
     ]
 
 

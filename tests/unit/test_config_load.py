@@ -66,6 +66,8 @@ def test_a_choice_that_the_preset_would_overwrite_is_refused() -> None:
     [problem] = problems_of("parallel=tp4_pp2", preset)
     assert "leave out parallel=tp4_pp2 and set parallel.tp itself" in problem
     assert load_config([preset, "parallel=tp2"]).parallel.sequence_parallel
+    decided = load_config([preset, "parallel=tp4_pp2", "parallel.tp=1"]).parallel
+    assert (decided.tp, decided.pp) == (1, 2)
     assert load_config([preset, "logging=wandb"]).logging.wandb
 
 
