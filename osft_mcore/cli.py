@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from osft_mcore import __version__
-from osft_mcore.config.check import Phase, absent_files, check
+from osft_mcore.config.check import Phase, absent_files, check, model_is_here
 from osft_mcore.config.describe import describe
 from osft_mcore.config.load import load_config
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.errors import ConfigError, OsftError
-from osft_mcore.parallel.topology import Topology
+from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.parallel.world import (
     check_launch_environment,
     device_type,
@@ -62,7 +62,8 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
         hidden = _hidden_by(error, checks, arguments)
         raise ConfigError([*error.problems, *hidden]) from None
     checks(config)
-    topology = _topology(config, phase)
+    rollout_tp = config.rollout.tp if phase == "train" else 1
+    topology = topology_of(config.parallel, rollout_tp=rollout_tp)
     if arguments.dry_run:
         sys.stdout.write(_plan(config, phase, topology))
         return 0
@@ -114,18 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _topology(config: RunConfig, phase: Phase) -> Topology:
-    parallel = config.parallel
-    rollout_tp = config.rollout.tp if phase == "train" else 1
-    return Topology(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, rollout_tp=rollout_tp)
-
-
 def _plan(config: RunConfig, phase: Phase, topology: Topology) -> str:
     from osft_mcore.data.parquet import count_rows
 
     num_rows = count_rows(config.data.train)
     places = topology.all_coordinates()
     plan = describe(config, phase=phase, ranks=places, num_prompts=num_rows) + "\n"
+    if phase == "train" and model_is_here(config):
+        from osft_mcore.config.model_shape import read_model_shape
+        from osft_mcore.train.weight_plan import weight_lines
+
+        lines = weight_lines(config, read_model_shape(config.model.path), topology)
+        plan += "# Weights to vLLM\n" + "".join(f"{line}\n" for line in lines)
     if absent := absent_files(config):
         plan += "# Not here, so not checked\n" + "".join(f"{problem}\n" for problem in absent)
     return plan

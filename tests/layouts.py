@@ -10,11 +10,13 @@ from osft_mcore.weights.params import hf_tensors
 Tensors = dict[str, Tensor]
 
 
-def model(model_type: str = "qwen2", *, kv_heads: int = 4, tied: bool = False) -> ModelShape:
+def model(
+    model_type: str = "qwen2", *, kv_heads: int = 4, tied: bool = False, num_layers: int = 3
+) -> ModelShape:
     family = FAMILIES[model_type]
     return ModelShape(
         model_type=model_type,
-        num_layers=3,
+        num_layers=num_layers,
         hidden=24,
         num_heads=24,
         num_kv_heads=kv_heads,
@@ -57,18 +59,36 @@ def pad_rows(tensor: Tensor, total: int) -> Tensor:
     return torch.cat([tensor, torch.zeros(total - len(tensor), *tensor.shape[1:])])
 
 
+def dealt_layers(num_layers: int, *, pp: int, vpp: int, pp_rank: int) -> list[tuple[str, int]]:
+    """(place, layer) of one stage: parts of the model are dealt to the stages like cards."""
+    held = []
+    for turn, part in enumerate(torch.arange(num_layers).tensor_split(pp * vpp)):
+        chunk, stage = divmod(turn, pp)
+        prefix = f"chunks.{chunk}." if vpp > 1 else ""
+        if stage == pp_rank:
+            held += [(f"{prefix}decoder.layers.{i}.", n) for i, n in enumerate(part.tolist())]
+    return held
+
+
 def megatron_reference(
-    shape: ModelShape, hf: Tensors, *, tp: int, tp_rank: int, pp: int, pp_rank: int, padded: int
+    shape: ModelShape,
+    hf: Tensors,
+    *,
+    tp: int,
+    tp_rank: int,
+    pp: int,
+    pp_rank: int,
+    padded: int,
+    vpp: int = 1,
 ) -> Tensors:
     """Fuse full tensors, then cut them, in the local spec's names."""
     out = {}
+    first, last = ("chunks.0.", f"chunks.{vpp - 1}.") if vpp > 1 else ("", "")
     if pp_rank == 0:
         embedding = pad_rows(hf["model.embed_tokens.weight"], padded)
-        out["embedding.word_embeddings.weight"] = embedding.chunk(tp)[tp_rank]
-    mine = torch.arange(shape.num_layers).tensor_split(pp)[pp_rank].tolist()
-    for i, layer in enumerate(mine):
+        out[f"{first}embedding.word_embeddings.weight"] = embedding.chunk(tp)[tp_rank]
+    for dst, layer in dealt_layers(shape.num_layers, pp=pp, vpp=vpp, pp_rank=pp_rank):
         src = f"model.layers.{layer}."
-        dst = f"decoder.layers.{i}."
         for kind in ("weight", "bias") if shape.qkv_bias else ("weight",):
             q, k, v = (hf[f"{src}self_attn.{n}_proj.{kind}"] for n in "qkv")
             groups = [t.unflatten(0, (shape.num_kv_heads, -1)) for t in (q, k, v)]
@@ -85,10 +105,10 @@ def megatron_reference(
             norm = hf[f"{src}self_attn.{n}_norm.weight"]
             out[f"{dst}self_attention.{n}_layernorm.weight"] = norm
     if pp_rank == pp - 1:
-        out["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
+        out[f"{last}decoder.final_layernorm.weight"] = hf["model.norm.weight"]
         if not shape.tied or pp > 1:
             head = hf["model.embed_tokens.weight" if shape.tied else "lm_head.weight"]
-            out["output_layer.weight"] = pad_rows(head, padded).chunk(tp)[tp_rank]
+            out[f"{last}output_layer.weight"] = pad_rows(head, padded).chunk(tp)[tp_rank]
     return out
 
 

@@ -13,6 +13,8 @@ KINDS = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
 }
 
+MAX_POSITIONS = 256
+
 
 def save_random_model(
     folder: Path,
@@ -26,6 +28,7 @@ def save_random_model(
     kv_heads: int = 2,
     head_dim: int = 32,
     ffn: int = 96,
+    rms_norm_eps: float = 1e-6,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
@@ -41,8 +44,8 @@ def save_random_model(
         head_dim=head_dim,
         intermediate_size=ffn,
         tie_word_embeddings=tied,
-        max_position_embeddings=256,
-        rms_norm_eps=1e-6,
+        max_position_embeddings=MAX_POSITIONS,
+        rms_norm_eps=rms_norm_eps,
         **overrides,
     )
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,18 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240.0, **kwargs: Any
+    fn: Callable[..., Any],
+    world_size: int,
+    *,
+    timeout_s: float = 240.0,
+    lost: Collection[int] = (),
+    **kwargs: Any,
 ) -> list[Any]:
     """Call `fn(rank, **kwargs)` on `world_size` forked processes; return their results by rank.
 
     Forked, so that modules imported by the test are there at once. The process group is set up
-    before `fn` and torn down after it.
+    before `fn` and torn down after it. Ranks in `lost` are meant to die or hang: their result is
+    None, they are killed when the others have ended, and those leave the group by themselves.
     """
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
@@ -37,10 +43,13 @@ def run_ranks(
             if pid == 0:
                 _child(fn, rank, world_size, port, Path(folder), kwargs)
             pids[pid] = rank
-        problems = _wait(pids, Path(folder), timeout_s)
+        problems = _wait(pids, Path(folder), timeout_s, lost)
         if problems:
             raise RanksFailed("\n".join(problems))
-        return [_load(Path(folder) / f"result_{rank}") for rank in range(world_size)]
+        return [
+            None if rank in lost else _load(Path(folder) / f"result_{rank}")
+            for rank in range(world_size)
+        ]
 
 
 def _load(path: Path) -> Any:
@@ -82,14 +91,14 @@ def _child(
         os._exit(status)
 
 
-def _wait(pids: dict[int, int], folder: Path, timeout_s: float) -> list[str]:
+def _wait(pids: dict[int, int], folder: Path, timeout_s: float, lost: Collection[int]) -> list[str]:
     deadline, running, failed_at = time.monotonic() + timeout_s, dict(pids), None
     problems = []
-    while running:
+    while any(rank not in lost for rank in running.values()):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in running:
             rank = running.pop(pid)
-            if status != 0:
+            if status != 0 and rank not in lost:
                 error = folder / f"error_{rank}"
                 text = error.read_text() if error.exists() else f"died with status {status}"
                 problems.append(f"rank {rank}: {text}")
@@ -97,12 +106,12 @@ def _wait(pids: dict[int, int], folder: Path, timeout_s: float) -> list[str]:
             continue
         now = time.monotonic()
         if now > deadline or (failed_at and now > failed_at + 5):
-            for stuck, rank in running.items():
-                os.kill(stuck, 9)
-                os.waitpid(stuck, 0)
-                problems.append(f"rank {rank}: still running, killed")
+            problems += [f"rank {rank}: still running, killed" for rank in running.values()]
             break
         time.sleep(0.01)
+    for stuck in running:
+        os.kill(stuck, 9)
+        os.waitpid(stuck, 0)
     return problems
 
 

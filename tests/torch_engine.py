@@ -1,6 +1,6 @@
 """A rollout engine that can be checked by eye: a whole transformers model on every rank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import transformers
@@ -36,10 +36,13 @@ class TorchEngine:
         self.stop_token_ids = frozenset(stop_token_ids)
         self.context = context
         self.weight_version: int | None = None
+        self.refusal: str | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Response]:
         """Replica r takes prompts r, r + num_replicas, ...; the ranks of a replica all sample."""
         if self.weight_version is None:
+            if self.refusal:
+                raise WeightError(f"rollout: {self.refusal}; a push must succeed first")
             raise WeightError("rollout: the weights are incomplete; a push must finish first")
         topology, place = self.context.topology, self.context.coordinates
         mine = [
@@ -70,8 +73,32 @@ class TorchEngine:
         self.weight_version = None
         return {name: parameter.data for name, parameter in self.model.named_parameters()}
 
+    def share(self, memory: Mapping[str, Tensor]) -> None:
+        params = dict(self.model.named_parameters())
+        for name, tensor in memory.items():
+            held = params.get(name)
+            if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
+                raise WeightError(f"rank {self.context.rank}: {name!r} cannot be shared")
+        for name, tensor in memory.items():
+            params[name].data = tensor.detach()
+
+    def reload(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        params = dict(self.model.named_parameters())
+        arrived = set()
+        for name, tensor in tensors:
+            if name not in params or params[name].shape != tensor.shape:
+                raise WeightError(f"reload: tensor {name!r} does not fit")
+            params[name].data.copy_(tensor)
+            arrived.add(name)
+        missing = [name for name in params if name not in arrived]
+        if missing:
+            raise WeightError(f"reload: tensors {missing} are missing")
+
     def finish_update(self, version: int) -> None:
-        self.weight_version = version
+        self.weight_version, self.refusal = version, None
+
+    def refuse(self, reason: str) -> None:
+        self.weight_version, self.refusal = None, reason
 
     @torch.no_grad()
     def _sample(

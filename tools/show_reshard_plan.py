@@ -4,16 +4,16 @@ import argparse
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
-from osft_mcore.actor.megatron_layout import actor_layouts
 from osft_mcore.config.model_shape import read_model_shape
-from osft_mcore.errors import ConfigError, OsftError
+from osft_mcore.errors import OsftError
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.rollout.vllm_layout import engine_layouts
-from osft_mcore.weights.bound import PlanBytes, plan_bytes
-from osft_mcore.weights.plan import check_all_used, make_plan
+from osft_mcore.train.weight_plan import layout_pairs, push_bytes
+from osft_mcore.weights.bound import PlanBytes
 
+SIZES = ("tp", "pp", "vpp", "dp", "rollout_tp")
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 MIB = 2**20
 
@@ -24,55 +24,54 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("model", type=Path, help="folder with a Hugging Face config.json")
-    for name in ("tp", "pp", "dp", "rollout-tp"):
-        parser.add_argument(f"--{name}", type=int, default=1, help="as the option of that name")
+    for name in SIZES:
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=1, help="as in osft")
+    parser.add_argument("--pairs", action="store_true", help="one line for each usual pair instead")
     parser.add_argument("--vocab-multiple", type=int, default=128, help="as model.vocab_multiple")
     parser.add_argument("--dtype", choices=sorted(ITEMSIZE), default="bf16", help="of the weights")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     try:
-        found = _plan_bytes(args)
+        shape = read_model_shape(args.model)
+        topologies = (
+            list(layout_pairs(shape))
+            if args.pairs
+            else [Topology(**{name: vars(args)[name] for name in SIZES})]
+        )
+        count = partial(
+            push_bytes, shape, vocab_multiple=args.vocab_multiple, itemsize=ITEMSIZE[args.dtype]
+        )
+        rows = [_as_json(topology, count(topology)) for topology in topologies]
     except OsftError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(json.dumps(_as_json(found)) if args.json else _as_table(found))
+    shown = rows if args.pairs else rows[0]
+    print(json.dumps(shown) if args.json else _pairs(rows) if args.pairs else _ranks(rows[0]))
     return 0
 
 
-def _plan_bytes(args: argparse.Namespace) -> PlanBytes:
-    topology = Topology(tp=args.tp, pp=args.pp, dp=args.dp, rollout_tp=args.rollout_tp)
-    sizes = (args.tp, args.pp, args.dp, args.rollout_tp, args.vocab_multiple)
-    if min(sizes) < 1 or topology.world_size % args.rollout_tp:
-        raise ConfigError(
-            f"--rollout-tp {args.rollout_tp} must divide the world of tp * pp * dp = "
-            f"{topology.world_size} ranks, and every size must be at least 1"
-        )
-    shape = read_model_shape(args.model)
-    sources = actor_layouts(
-        shape, topology, vocab_multiple=args.vocab_multiple, transformer_engine=False
-    )
-    targets = engine_layouts(shape, topology)
-    plan = make_plan(sources, targets)
-    check_all_used(sources, plan)
-    return plan_bytes(plan, sources, targets, itemsize=ITEMSIZE[args.dtype])
+def _as_json(topology: Topology, found: PlanBytes) -> dict[str, object]:
+    totals = {name: getattr(found, name) for name in ("received", "least", "ratio", "imbalance")}
+    return dataclasses.asdict(topology) | dataclasses.asdict(found) | totals
 
 
-def _as_json(found: PlanBytes) -> dict[str, object]:
-    total = {name: getattr(found, name) for name in ("received", "least", "ratio", "imbalance")}
-    return dataclasses.asdict(found) | total
+def _ranks(row: dict) -> str:
+    names = ("sent", "received", "least", "local")
+    lines = [f"{'rank':>5} " + " ".join(f"{name:>10}" for name in names) + "   (MiB)"]
+    for at in row["ranks"]:
+        lines.append(f"{at['rank']:5d} " + " ".join(f"{at[name] / MIB:10.1f}" for name in names))
+    return "\n".join([*lines, _pairs([row])])
 
 
-def _as_table(found: PlanBytes) -> str:
-    lines = [f"{'rank':>5} {'sent':>10} {'received':>10} {'least':>10} {'local':>10}   (MiB)"]
-    for at in found.ranks:
-        sizes = (at.sent, at.received, at.least, at.local)
-        lines.append(f"{at.rank:5d} " + " ".join(f"{size / MIB:10.1f}" for size in sizes))
-    lines.append(
-        f"{found.num_copies} copies; received {found.received / MIB:.1f} MiB, lower bound "
-        f"{found.least / MIB:.1f} MiB, ratio {found.ratio:.2f}; busiest sender "
-        f"{found.imbalance:.2f} times the mean"
-    )
-    return "\n".join(lines)
+def _pairs(rows: list[dict]) -> str:
+    names = (*SIZES, "num_copies")
+    head = " ".join(f"{name:>10}" for name in (*names, "received", "least", "ratio", "imbalance"))
+    return "\n".join([head, *(
+        " ".join(f"{row[name]:10d}" for name in names)
+        + f" {row['received'] / MIB:10.1f} {row['least'] / MIB:10.1f}"
+        + f" {row['ratio']:10.2f} {row['imbalance']:10.2f}"
+        for row in rows
+    )])  # fmt: skip
 
 
 if __name__ == "__main__":

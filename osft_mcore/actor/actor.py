@@ -17,11 +17,12 @@ from osft_mcore.actor.optimizer import build_optimizer, set_learning_rate, wrap_
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from osft_mcore.loss.vocab_parallel import token_statistics
-from osft_mcore.model.build import build_stage, output_weight, uses_transformer_engine
+from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.records import Example
 from osft_mcore.weights.fill import random_into
+from osft_mcore.weights.params import chunk_prefix
 from osft_mcore.weights.safetensors_io import load_into
 
 
@@ -77,7 +78,7 @@ class Actor:
         self.sequence_parallel = parallel.sequence_parallel
         self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
         distributed = parallel.distributed_optimizer
-        self.stage = build_stage(
+        self.chunks = build_chunks(
             shape,
             context,
             dtype=self.dtype,
@@ -92,20 +93,28 @@ class Actor:
         )
         self._load_weights(seed)
         with megatron_device():
-            self.wrapped = wrap_data_parallel(self.stage, distributed_optimizer=distributed)
+            self.wrapped = [
+                wrap_data_parallel(chunk, distributed_optimizer=distributed)
+                for chunk in self.chunks
+            ]
             self.optimizer = build_optimizer(
                 self.wrapped, train, dtype=self.dtype, distributed_optimizer=distributed
             )
 
     def parameters(self) -> dict[str, Tensor]:
-        """This rank's live parameters, by Megatron name."""
-        return {name: parameter.data for name, parameter in self.stage.named_parameters()}
+        """This rank's live parameters, by the names of its layouts."""
+        return {
+            chunk_prefix(number, len(self.chunks)) + name: parameter.data
+            for number, chunk in enumerate(self.chunks)
+            for name, parameter in chunk.named_parameters()
+        }
 
     def update(self, examples: Sequence[Example], *, tau_sample: float, lr: float) -> UpdateResult:
         """One optimizer update on the whole batch `examples`, which every rank passes alike."""
         set_learning_rate(self.optimizer, lr)
         with megatron_device():
-            self.wrapped.zero_grad_buffer()
+            for chunk in self.wrapped:
+                chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             parts = self._forward_backward(examples, tau_sample=tau_sample, forward_only=False)
             _success, grad_norm, _num_zeros = self.optimizer.step()
@@ -139,7 +148,8 @@ class Actor:
         )
         parts: list[_Sums] = get_forward_backward_func()(
             forward_step_func=partial(self._forward, tau_sample=tau_sample),
-            data_iterator=iter(batches),
+            # Every chunk sees every micro-batch.
+            data_iterator=[iter(batches) for _ in self.wrapped],
             model=self.wrapped,
             num_microbatches=len(batches),
             # Shapes travel with the activations between stages, so this is only nominal.
@@ -166,7 +176,7 @@ class Actor:
             hidden_BSH = hidden_SBH.transpose(0, 1)
         statistics = token_statistics(
             hidden_BSH.flatten(0, 1)[batch.predictor_T],
-            output_weight(self.stage),
+            output_weight(self.chunks[-1]),
             batch.targets_T,
             tau_train=self.algorithm.tau_train,
             tau_sample=tau_sample,

@@ -3,19 +3,16 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from osft_mcore.actor.actor import Actor
-from osft_mcore.weights.execute import execute
-from osft_mcore.weights.layout import Layout
 from osft_mcore.weights.params import hf_layouts
-from osft_mcore.weights.plan import make_plan
 from osft_mcore.weights.safetensors_io import save_hf
-from osft_mcore.weights.schedule import make_schedule
+from osft_mcore.weights.stream import make_portions, stream_tensors
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
@@ -46,29 +43,24 @@ def _gather(
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the checkpoint, whole, on rank 0; the others only take part."""
     context = actor.context
-    for layouts in _portions(hf_layouts(actor.shape), max_shard_bytes // actor.dtype.itemsize):
-        plan = make_plan(actor.layouts, {0: layouts})
-        schedule = make_schedule(plan, context.rank, dtype=actor.dtype, bucket_bytes=bucket_bytes)
-        received = {
-            name: torch.empty(layout.shape, dtype=actor.dtype, device=context.device)
-            for name, layout in (layouts.items() if context.rank == 0 else ())
-        }
-        execute(schedule, actor.parameters(), received, group=context.world_group)
-        for name, tensor in received.items():
-            yield name, tensor.cpu()
-
-
-def _portions(layouts: Mapping[str, Layout], max_elements: int) -> Iterator[dict[str, Layout]]:
-    portion: dict[str, Layout] = {}
-    size = 0
-    for name, layout in layouts.items():
-        num_elements = layout.shape[layout.dim] * layout.row_elements
-        if portion and size + num_elements > max_elements:
-            yield portion
-            portion, size = {}, 0
-        portion[name] = layout
-        size += num_elements
-    yield portion
+    portions = make_portions(
+        actor.layouts,
+        hf_layouts(actor.shape),
+        receivers=[0],
+        rank=context.rank,
+        dtype=actor.dtype,
+        portion_bytes=max_shard_bytes,
+        bucket_bytes=bucket_bytes,
+    )
+    for name, tensor in stream_tensors(
+        portions,
+        actor.parameters(),
+        verify="off",
+        turn=0,
+        group=context.world_group,
+        device=context.device,
+    ):
+        yield name, tensor.cpu()
 
 
 def _copy_side_files(source: Path, target: Path, *, dtype: torch.dtype) -> None:

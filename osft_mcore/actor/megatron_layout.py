@@ -22,6 +22,7 @@ def actor_layouts(
             tp_rank=tp_rank,
             pp=topology.pp,
             pp_rank=pp_rank,
+            vpp=topology.vpp,
             vocab_padded=padded_vocab(shape.vocab, multiple=vocab_multiple, tp=topology.tp),
             transformer_engine=transformer_engine,
         )

@@ -1,6 +1,7 @@
 """Megatron-Core's distributed data parallel wrapper and optimizer, set up for this project."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import nn
 from osft_mcore.config.schema import TrainConfig
 
 
-def wrap_data_parallel(stage: nn.Module, *, distributed_optimizer: bool) -> Any:
+def wrap_data_parallel(chunk: nn.Module, *, distributed_optimizer: bool) -> Any:
     """Gradient buckets in fp32, summed (never averaged) over data-parallel ranks.
 
     Token weights are global, so the sum over ranks is already the gradient of the batch loss.
     """
-    config: Any = stage.config
+    config: Any = chunk.config
     wrapped = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
@@ -26,16 +27,16 @@ def wrap_data_parallel(stage: nn.Module, *, distributed_optimizer: bool) -> Any:
             overlap_grad_reduce=False,
             check_for_nan_in_grad=True,
         ),
-        stage,
+        chunk,
     )
     config.finalize_model_grads_func = _finalize_without_rescaling
     return wrapped
 
 
 def build_optimizer(
-    wrapped: Any, train: TrainConfig, *, dtype: torch.dtype, distributed_optimizer: bool
+    wrapped: Sequence[Any], train: TrainConfig, *, dtype: torch.dtype, distributed_optimizer: bool
 ) -> Any:
-    """AdamW with fp32 copies of the weights that `wrapped` holds now. Every rank must call.
+    """AdamW with fp32 copies of the weights that all `wrapped` hold now. Every rank must call.
 
     Weight decay is for matrices alone: biases and norms (every 1-D parameter) have none.
     """
@@ -52,7 +53,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, [wrapped])
+    optimizer = get_megatron_optimizer(config, list(wrapped))
     for group in optimizer.param_groups:
         # Megatron-Core leaves this to its scheduler, which is not used here.
         group["weight_decay"] = train.weight_decay * group["wd_mult"]

@@ -43,7 +43,7 @@ def check(
     ]
     if samples:
         problems += _rollout_world(config, world_size)
-    if shape is None and config.model.path and (need_files or _model_is_here(config)):
+    if shape is None and config.model.path and (need_files or model_is_here(config)):
         try:
             shape = read_model_shape(config.model.path)
         except ConfigError as error:
@@ -98,6 +98,7 @@ def _sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
         ("model.vocab_multiple", config.model.vocab_multiple),
         ("parallel.tp", config.parallel.tp),
         ("parallel.pp", config.parallel.pp),
+        ("parallel.vpp", config.parallel.vpp),
         ("parallel.dp", config.parallel.dp),
         ("rollout.tp", config.rollout.tp),
         ("rollout.num_samples", config.rollout.num_samples),
@@ -162,12 +163,13 @@ def absent_files(config: RunConfig) -> list[str]:
     """Files that the config names and this machine does not have, each with its option."""
     model = config.model.path
     absent = list(_absent_data(config))
-    if model and not _model_is_here(config):
+    if model and not model_is_here(config):
         absent.insert(0, f"model.path: no config.json in {model!r}")
     return absent
 
 
-def _model_is_here(config: RunConfig) -> bool:
+def model_is_here(config: RunConfig) -> bool:
+    """True if the model folder's config.json is on this machine."""
     return (Path(config.model.path) / "config.json").is_file()
 
 
@@ -199,6 +201,8 @@ def _world(config: RunConfig, world_size: int | None) -> Iterator[str]:
     tp, pp, dp = config.parallel.tp, config.parallel.pp, config.parallel.dp
     if config.parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel: needs parallel.tp > 1, found 1"
+    if config.parallel.vpp > 1 and pp == 1:
+        yield f"parallel.vpp: found {config.parallel.vpp}, which needs parallel.pp > 1, found 1"
     if min(tp, pp, dp) < 1 or world_size is None or world_size == tp * pp * dp:
         return
     if world_size % (tp * pp) == 0:
@@ -229,6 +233,8 @@ def _rollout_world(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 def _batches(config: RunConfig, phase: Phase) -> Iterator[str]:
     train, dp = config.train, config.parallel.dp
+    # Megatron-Core's interleaved schedule takes micro-batches in groups of the stages.
+    group = config.parallel.pp if config.parallel.vpp > 1 else 1
     if not _divides(train.prompts_per_update, train.prompts_per_step):
         near = nearest(train.prompts_per_update, divisors(train.prompts_per_step))
         yield (
@@ -237,8 +243,8 @@ def _batches(config: RunConfig, phase: Phase) -> Iterator[str]:
         )
     answers = config.rollout.num_samples if phase == "train" else 1
     sequences = sequences_per_update(config, phase)
-    unit = dp * train.micro_batch_size
-    if min(train.prompts_per_update, answers, dp, train.micro_batch_size) < 1:
+    unit = dp * train.micro_batch_size * group
+    if min(train.prompts_per_update, answers, dp, train.micro_batch_size, group) < 1:
         return
     if sequences % unit == 0:
         return
@@ -248,16 +254,21 @@ def _batches(config: RunConfig, phase: Phase) -> Iterator[str]:
             "prompts_per_update * rollout.num_samples = "
             f"{train.prompts_per_update} * {answers} = {sequences}"
         )
+    factors = f"parallel.dp * train.micro_batch_size = {dp} * {train.micro_batch_size}"
+    if group > 1:
+        factors = (
+            "parallel.dp * train.micro_batch_size * parallel.pp (as parallel.vpp > 1) = "
+            f"{dp} * {train.micro_batch_size} * {group}"
+        )
     yield (
         f"train.prompts_per_update: an update has {formula} sequences, not a multiple of "
-        f"parallel.dp * train.micro_batch_size = {dp} * {train.micro_batch_size} = {unit}; "
-        f"{_batch_advice(config, sequences, answers, unit)}"
+        f"{factors} = {unit}; {_batch_advice(config, sequences, answers, unit)}"
     )
 
 
 def _batch_advice(config: RunConfig, sequences: int, answers: int, unit: int) -> str:
     """The nearest values of single options that make the whole batch arithmetic come out."""
-    train, dp = config.train, config.parallel.dp
+    train = config.train
     step = unit // math.gcd(unit, answers)
     prompts = [n for n in divisors(train.prompts_per_step) if n % step == 0]
     if prompts:
@@ -265,17 +276,23 @@ def _batch_advice(config: RunConfig, sequences: int, answers: int, unit: int) ->
         advice = f"nearest train.prompts_per_update that works: {near}"
     else:
         advice = f"make train.prompts_per_step and prompts_per_update multiples of {step}"
-    if sequences % dp == 0:
-        micro = _listed(nearest(train.micro_batch_size, divisors(sequences // dp)))
+    per_sequence = unit // train.micro_batch_size
+    if sequences % per_sequence == 0:
+        micro = _listed(nearest(train.micro_batch_size, divisors(sequences // per_sequence)))
         advice += f"; nearest train.micro_batch_size that works: {micro}"
     return advice
 
 
 def _actor_shape(config: RunConfig, shape: ModelShape) -> Iterator[str]:
-    tp, pp = config.parallel.tp, config.parallel.pp
-    yield from _tensor_parallel("parallel.tp", tp, shape)
+    tp, pp, vpp = config.parallel.tp, config.parallel.pp, config.parallel.vpp
+    yield from tensor_parallel_problems("parallel.tp", tp, shape)
     if pp > shape.num_layers:
         yield f"parallel.pp: {pp} stages, but the model has only {shape.num_layers} layers"
+    elif pp > 1 and pp * vpp > shape.num_layers:
+        yield (
+            f"parallel.vpp: pp * vpp = {pp} * {vpp} = {pp * vpp} model chunks, but the model has "
+            f"only {shape.num_layers} layers; at most {shape.num_layers // pp} works"
+        )
     # Without a rollout too: the sum is the longest example that `osft sft` trains on.
     rollout = config.rollout
     tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
@@ -287,7 +304,7 @@ def _actor_shape(config: RunConfig, shape: ModelShape) -> Iterator[str]:
         )
 
 
-def _tensor_parallel(option: str, tp: int, shape: ModelShape) -> Iterator[str]:
+def tensor_parallel_problems(option: str, tp: int, shape: ModelShape) -> Iterator[str]:
     """What Megatron-Core 0.16.1 (TransformerConfig) and vLLM 0.32.0 both demand of a TP size."""
     if not _divides(tp, shape.num_heads):
         yield _does_not_divide(option, tp, "attention heads", shape.num_heads)
@@ -301,7 +318,7 @@ def _tensor_parallel(option: str, tp: int, shape: ModelShape) -> Iterator[str]:
 
 
 def _rollout_shape(config: RunConfig, shape: ModelShape, device: str) -> Iterator[str]:
-    yield from _tensor_parallel("rollout.tp", config.rollout.tp, shape)
+    yield from tensor_parallel_problems("rollout.tp", config.rollout.tp, shape)
     family = FAMILIES[shape.model_type]
     if not family.vllm_reads_head_dim and shape.head_dim * shape.num_heads != shape.hidden:
         yield (
@@ -332,6 +349,11 @@ def _optional_parts(config: RunConfig, phase: Phase) -> Iterator[str]:
         yield (
             f"evaluation.every: found {evaluation.every}, but evaluation.files is empty; "
             "name the files or set evaluation.every=0"
+        )
+    if config.sync.mode == "alias" and not config.rollout.enforce_eager:
+        yield (
+            "sync.mode: alias needs rollout.enforce_eager=true, because compiled graphs fix where "
+            "weights lie; change one of the two, or take auto"
         )
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         yield "logging.wandb: the package wandb is not installed; install it or set it to false"

@@ -96,7 +96,7 @@ def describe(
             "# Config",
             to_yaml(config),
             "# Ranks",
-            rank_table(ranks),
+            rank_table(ranks) + _chunk_line(config),
             "# Batches",
             batch_table(config, phase=phase, num_prompts=num_prompts),
         )
@@ -112,6 +112,11 @@ def rank_table(ranks: Sequence[RankPlace]) -> str:
         "  ".join(cell.rjust(len(name)) for cell, name in zip(line, header, strict=True)) + "\n"
         for line in lines
     )
+
+
+def _chunk_line(config: RunConfig) -> str:
+    vpp = config.parallel.vpp
+    return f"each pp stage holds {vpp} model chunks (parallel.vpp)\n" if vpp > 1 else ""
 
 
 def batch_table(config: RunConfig, *, phase: Phase, num_prompts: int | None = None) -> str:

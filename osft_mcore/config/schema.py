@@ -30,6 +30,8 @@ class ParallelConfig:
     """Tensor parallel size."""
     pp: int = 1
     """Pipeline parallel size."""
+    vpp: int = 1
+    """Model chunks per pipeline stage (interleaved schedule); more than 1 needs pp > 1."""
     dp: int = 1
     """Data parallel size."""
     sequence_parallel: bool = False
@@ -189,8 +191,16 @@ class CheckpointConfig:
 class SyncConfig:
     """The weight bridge and the agreement gate."""
 
+    mode: Literal["auto", "alias", "copy", "reload"] = "auto"
+    """How weights reach the engine. `alias`: the engine reads the actor's own memory wherever both
+    lay a parameter out alike, an error if only few are. `copy`: into memory of its own. `auto`:
+    per parameter the better of the two. `reload`: through vLLM's own loader, for engines that
+    repack weights."""
+    verify: Literal["off", "sample", "full"] = "sample"
+    """Compare digests of both sides after every push: of some elements of every copy (other ones
+    each time), or of all."""
     bucket_mib: int = 256
-    """Largest message of the weight transfer."""
+    """Extra memory of a push, per rank; larger tensors are sent in parts."""
     max_logprob_diff: float | None = None
     """Stop when any token's log-probability differs by more. None: 1e-3 (fp32), 2.0 (bf16)."""
     mean_logprob_diff: float | None = None

@@ -1,4 +1,4 @@
-"""Builds this rank's Megatron-Core GPTModel stage; its output is hidden states, not logits."""
+"""Builds this rank's Megatron-Core GPTModel chunks; they return hidden states, not logits."""
 
 import importlib.util
 from typing import Any
@@ -22,7 +22,7 @@ from osft_mcore.config.model_shape import ModelShape, padded_vocab
 from osft_mcore.model.local_spec import RmsNorm, local_layer_spec
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
-from osft_mcore.parallel.topology import stage_layers
+from osft_mcore.parallel.topology import Topology, chunk_layers, layer_parts
 
 
 def uses_transformer_engine() -> bool:
@@ -46,49 +46,55 @@ def kernels_in_use() -> dict[str, str]:
     }
 
 
-def build_stage(
+def build_chunks(
     shape: ModelShape,
     context: ParallelContext,
     *,
     dtype: torch.dtype,
     sequence_parallel: bool,
     vocab_multiple: int,
-) -> nn.Module:
-    """This rank's pipeline stage, weights uninitialised. Every rank must call.
+) -> list[nn.Module]:
+    """The model chunks of this rank's pipeline stage, weights uninitialised. Every rank must call.
 
-    The stage maps token ids (first stage) or hidden states to hidden states; on the last stage
-    `output_weight` gives the vocabulary shard that turns them into logits.
+    A chunk maps token ids (the model's first chunk) or hidden states to hidden states; for the
+    model's last chunk `output_weight` gives the vocabulary shard that turns them into logits.
     """
     topology = context.topology
-    layers = stage_layers(shape.num_layers, topology.pp, context.coordinates.pp_rank)
+    layers = chunk_layers(
+        shape.num_layers, pp=topology.pp, vpp=topology.vpp, pp_rank=context.coordinates.pp_rank
+    )
+    chunks: list[nn.Module] = []
     with megatron_device():
         config = transformer_config(
             shape, context, dtype=dtype, sequence_parallel=sequence_parallel
         )
-        model = GPTModel(
-            config,
-            _layer_spec(shape, num_local_layers=len(layers)),
-            vocab_size=padded_vocab(shape.vocab, multiple=vocab_multiple, tp=topology.tp),
-            max_sequence_length=shape.max_position,
-            pre_process=context.is_first_stage,
-            post_process=context.is_last_stage,
-            share_embeddings_and_output_weights=shape.tied,
-            position_embedding_type="rope",
-            rotary_base=int(shape.rope_theta),
-            rope_scaling=shape.rope_scaling is not None,
-            rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 8.0,
-        )
-    _mark_tensor_parallel(model)
-    if context.is_last_stage:
-        # The loss multiplies by the vocabulary shard chunk by chunk; logits never exist whole.
-        model.output_layer.forward = _hidden_states_unchanged
-    stage: nn.Module = model.to(context.device)
-    return stage
+        for chunk, local_layers in enumerate(layers):
+            is_last = context.is_last_stage and chunk == topology.vpp - 1
+            model = GPTModel(
+                config,
+                _layer_spec(shape, num_local_layers=len(local_layers)),
+                vocab_size=padded_vocab(shape.vocab, multiple=vocab_multiple, tp=topology.tp),
+                max_sequence_length=shape.max_position,
+                pre_process=context.is_first_stage and chunk == 0,
+                post_process=is_last,
+                share_embeddings_and_output_weights=shape.tied,
+                position_embedding_type="rope",
+                rotary_base=int(shape.rope_theta),
+                rope_scaling=shape.rope_scaling is not None,
+                rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 8.0,
+                vp_stage=chunk,
+            )
+            _mark_tensor_parallel(model)
+            if is_last:
+                # The loss multiplies by the vocabulary in blocks; logits never exist whole.
+                model.output_layer.forward = _hidden_states_unchanged
+            chunks.append(model.to(context.device))
+    return chunks
 
 
-def output_weight(stage: nn.Module) -> Tensor:
-    """The last stage's vocabulary shard [V, H]: the output layer's, or the tied embedding's."""
-    model: Any = stage
+def output_weight(chunk: nn.Module) -> Tensor:
+    """The last chunk's vocabulary shard [V, H]: the output layer's, or the tied embedding's."""
+    model: Any = chunk
     while not isinstance(model, GPTModel):
         model = model.module
     if model.share_embeddings_and_output_weights:
@@ -119,6 +125,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's configuration of a dense decoder in the Qwen / Llama style."""
     engine = uses_transformer_engine()
+    interleaved = context.topology.vpp > 1
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden,
@@ -137,7 +144,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=context.topology.tp,
         pipeline_model_parallel_size=context.topology.pp,
-        pipeline_model_parallel_layout=_pipeline_layout(shape.num_layers, context.topology.pp),
+        pipeline_model_parallel_layout=_pipeline_layout(shape.num_layers, context.topology),
         sequence_parallel=sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -145,7 +152,10 @@ def transformer_config(
         variable_seq_lengths=context.topology.pp > 1,
         # Unused by a dense model, but the default refuses variable lengths.
         moe_token_dispatcher_type="alltoall",
-        batch_p2p_comm=context.device.type == "cuda",
+        batch_p2p_comm=context.device.type == "cuda" and not interleaved,
+        # The interleaved schedule on two stages sends and receives both ways between the same two
+        # ranks; only its overlapped form keeps activations and gradients apart.
+        overlap_p2p_comm=interleaved,
         # Token weights already hold every normalisation, so nothing may divide the loss again.
         calculate_per_token_loss=True,
         perform_initialization=False,
@@ -162,11 +172,12 @@ def transformer_config(
     )
 
 
-def _pipeline_layout(num_layers: int, pp: int) -> list[list[str]] | None:
-    """What each stage holds, in Megatron-Core's words; None where there is one stage."""
-    if pp == 1:
+def _pipeline_layout(num_layers: int, topology: Topology) -> list[list[str]] | None:
+    """What each model chunk holds, in Megatron-Core's words; None where there is one stage."""
+    if topology.pp == 1:
         return None
-    layout = [["decoder"] * len(stage_layers(num_layers, pp, stage)) for stage in range(pp)]
+    parts = layer_parts(num_layers, topology.pp * topology.vpp)
+    layout = [["decoder"] * len(layers) for layers in parts]
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout

@@ -40,12 +40,12 @@ class ParallelContext:
 
     @property
     def is_first_stage(self) -> bool:
-        """True where the embedding lives."""
+        """True where the embedding lives, in the first chunk."""
         return self.coordinates.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """True where the loss is computed."""
+        """True where the loss is computed, in the last chunk."""
         return self.coordinates.pp_rank == self.topology.pp - 1
 
 
@@ -85,6 +85,8 @@ def join_groups(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=topology.tp,
             pipeline_model_parallel_size=topology.pp,
+            # Any number here, even 1, selects the interleaved schedule.
+            virtual_pipeline_model_parallel_size=topology.vpp if topology.vpp > 1 else None,
             distributed_timeout_minutes=math.ceil(timeout_minutes),
         )
         # Weights are loaded and dropout is off, so no random number is ever drawn; this tracker's

@@ -1,17 +1,29 @@
 """Which rank holds which shard: pure arithmetic on the actor's and the rollout's layouts."""
 
 from dataclasses import dataclass
+from itertools import pairwise
+
+from osft_mcore.config.schema import ParallelConfig
 
 
-def stage_layers(num_layers: int, pp: int, pp_rank: int) -> range:
-    """The layers of one pipeline stage: shares as even as can be, the longer ones first.
+def layer_parts(num_layers: int, num_parts: int) -> tuple[range, ...]:
+    """The layers in `num_parts` runs, as even as can be, the longer ones first.
 
-    First, because the last stage multiplies by the vocabulary as well. Needs pp <= num_layers.
+    First, because the last part multiplies by the vocabulary as well. Needs one layer a part.
     """
-    assert 0 <= pp_rank < pp <= num_layers, f"stage {pp_rank} of {pp}, {num_layers} layers"
-    share, longer = divmod(num_layers, pp)
-    start = pp_rank * share + min(pp_rank, longer)
-    return range(start, start + share + (pp_rank < longer))
+    assert 1 <= num_parts <= num_layers, f"{num_parts} parts, {num_layers} layers"
+    share, longer = divmod(num_layers, num_parts)
+    starts = [part * share + min(part, longer) for part in range(num_parts + 1)]
+    return tuple(range(start, stop) for start, stop in pairwise(starts))
+
+
+def chunk_layers(num_layers: int, *, pp: int, vpp: int, pp_rank: int) -> tuple[range, ...]:
+    """The layers of every model chunk of one pipeline stage.
+
+    Chunk c of stage s is part c * pp + s of pp * vpp: an activation passes all stages before it
+    comes back to the first for the next chunk (Megatron's interleaved order).
+    """
+    return layer_parts(num_layers, pp * vpp)[pp_rank::pp]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +46,8 @@ class Topology:
     tp: int
     pp: int
     dp: int
+    vpp: int = 1
+    """Model chunks per pipeline stage; they share its ranks."""
     rollout_tp: int = 1
 
     @property
@@ -60,3 +74,14 @@ class Topology:
     def all_coordinates(self) -> tuple[Coordinates, ...]:
         """Places of all ranks, by rank."""
         return tuple(self.coordinates(rank) for rank in range(self.world_size))
+
+
+def topology_of(parallel: ParallelConfig, *, rollout_tp: int) -> Topology:
+    """The topology that the options ask for."""
+    return Topology(
+        tp=parallel.tp,
+        pp=parallel.pp,
+        dp=parallel.dp,
+        vpp=parallel.vpp,
+        rollout_tp=rollout_tp,
+    )

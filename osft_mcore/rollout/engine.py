@@ -1,7 +1,7 @@
 """What the loop needs of a rollout engine."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -30,20 +30,47 @@ def reported_temperature(tau_sample: float, *, top_p: float, top_k: int) -> floa
 
 
 class RolloutEngine(Protocol):
-    """A sampler whose weights are written from outside. Every rank calls every method."""
+    """A sampler whose weights come from outside. Every rank calls every method.
+
+    A push is `begin_update`, then `share` (where there is something to share) and writing in
+    place, or else `reload`, then `finish_update`.
+    """
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Response]:
         """Sample answers. Collective over the world.
 
         Returns all responses on every rank, ordered by prompt (as given), then sample index.
-        Raises WeightError while the weights are being replaced.
+        Raises WeightError while the weights are being replaced, or after `refuse`.
         """
         ...
 
     def begin_update(self) -> dict[str, Tensor]:
-        """Close the engine for sampling and return its live parameters, by vLLM name."""
+        """Close the engine for sampling and return its live parameters, by the engine's names.
+
+        They are for writing in place, unless the engine takes weights by `reload` only.
+        """
+        ...
+
+    def share(self, memory: Mapping[str, Tensor]) -> None:
+        """From now on these parameters are this memory; what they held before is freed.
+
+        Of the same shape and dtype as what they replace. Costs nothing if they are it already.
+        Raises WeightError, before anything is changed, where something does not fit.
+        """
+        ...
+
+    def reload(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take every Hugging Face tensor, whole.
+
+        Tensors may be kept for a while: each must be fresh memory. Raises WeightError on this
+        rank alone, after the last one, if a tensor is missing, unknown or of another shape.
+        """
         ...
 
     def finish_update(self, version: int) -> None:
         """Declare the parameters complete at `version`; cached prefixes are forgotten."""
+        ...
+
+    def refuse(self, reason: str) -> None:
+        """Stay closed, and say why when asked to generate, until an update finishes."""
         ...

@@ -6,8 +6,10 @@ dispatch keeps the GPU layout: live parameters whose in-place changes the next c
 """
 
 import contextlib
+import ctypes
 import glob
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ def prepare_environment() -> None:
 
 
 @contextlib.contextmanager
-def live_weights() -> Iterator[None]:
+def live_parameters() -> Iterator[None]:
     """Enter while vLLM loads a model; on CUDA nothing needs to change."""
     if torch.cuda.is_available():
         yield
@@ -36,6 +38,26 @@ def live_weights() -> Iterator[None]:
         yield
     finally:
         vllm_layers.dispatch_cpu_unquantized_gemm = packing
+
+
+def repack_tied_head(head: nn.Module) -> None:
+    """Call after vLLM has reloaded a tied model; on CUDA nothing needs to change.
+
+    vLLM reloads layer by layer and packs a layer again when its last tensor is there. A tied head
+    has no tensor of its own: it gets the new embedding, but keeps multiplying by the packed copy
+    of the old one.
+    """
+    if not torch.cuda.is_available():
+        vllm_layers.dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def return_freed_memory() -> None:
+    """Call after freeing much; on CUDA the caching allocator hands it out again.
+
+    glibc keeps what is freed for this process; torch's next large tensors would not fit into it.
+    """
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

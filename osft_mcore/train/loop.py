@@ -18,8 +18,13 @@ from osft_mcore.records import Example, Prompt, Response, Sampling
 from osft_mcore.rollout.engine import RolloutEngine, reported_temperature
 from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
 from osft_mcore.train.schedules import learning_rate, sampling_temperature
-from osft_mcore.train.step_metrics import response_metrics, rollout_rows, update_metrics
-from osft_mcore.weights.sync import WeightSync
+from osft_mcore.train.step_metrics import (
+    push_metrics,
+    response_metrics,
+    rollout_rows,
+    update_metrics,
+)
+from osft_mcore.weights.sync import PushReport, WeightSync
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,15 +52,16 @@ class OsftLoop:
                 tau = self.tau_sample(step)
                 with self.clock("rollout"):
                     responses = self.engine.generate(self.batch(step), self.sampling(step, tau))
+                self.sync.close()
                 with self.clock("train"):
                     updates = self.train_on(responses, step, tau)
                 with self.clock("sync"):
-                    self.sync.push()
+                    push = self.sync.push()
                 if due(cfg.evaluation.every, step) and step < self.num_steps:
                     self.evaluate(step, cfg.evaluation.temperature)
                 if due(cfg.checkpoint.every, step):
                     self.save(f"checkpoints/step_{step}")
-                progress.finished(step, self.log_step(step, tau, responses, updates))
+                progress.finished(step, self.log_step(step, tau, responses, updates, push))
 
     def tau_sample(self, step: int) -> float:
         """Sampling temperature of step `step` (from 1)."""
@@ -169,6 +175,7 @@ class OsftLoop:
         tau: float,
         responses: Sequence[Response],
         updates: Sequence[UpdateResult],
+        push: PushReport,
     ) -> dict[str, float]:
         """Write the step's metrics and answers; returns the few that the console shows."""
         cfg = self.config
@@ -176,9 +183,9 @@ class OsftLoop:
             "rollout/tau_sample": tau,
             "loss/tau_train": cfg.algorithm.tau_train,
             "optim/lr": learning_rate(cfg.train, step=step, total_steps=self.num_steps),
-            "sync/weight_version": float(self.sync.version),
             **response_metrics(responses),
             **update_metrics(updates),
+            **push_metrics(push),
             **self.clock.flush(),
         }
         self.metrics.write(step, record)

@@ -20,8 +20,11 @@ from osft_mcore.train.inputs import HeldOut, load_held_out, load_train_prompts, 
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.start import build_actor, open_folder, say_start
 from osft_mcore.train.summary import print_summary, summarise
-from osft_mcore.weights.plan import make_plan
+from osft_mcore.train.weight_plan import alias_forbidden
+from osft_mcore.weights.alias import delivery_lines
+from osft_mcore.weights.params import hf_layouts
 from osft_mcore.weights.sync import WeightSync
+from osft_mcore.weights.ways import Ends
 
 
 def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> None:
@@ -44,6 +47,7 @@ def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> N
             engine = build_engine(config, context, tokenizer)
             sync = build_sync(config, actor, engine)
         stack.callback(engine.close)
+        _say_deliveries(console, sync)
         # Only now: a model or an engine that cannot be built leaves no folder behind.
         folder = open_folder(config, context, [config.data.train, *config.evaluation.files])
         metrics = MetricsLog(folder, config.logging, dataclasses.asdict(config))
@@ -76,6 +80,11 @@ def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> N
         print_summary(console, summary)
 
 
+def _say_deliveries(console: Console, sync: WeightSync) -> None:
+    for line in delivery_lines(sync.deliveries):
+        console.say(f"weights to vLLM: {line}")
+
+
 def build_grader(config: RunConfig) -> Grader:
     """The grader of the one rank that grades; its workers start when they are first needed."""
     return Grader(config.evaluation.grader_workers, config.evaluation.grader_timeout_s)
@@ -92,23 +101,28 @@ def build_engine(
         seed=config.seed,
         stop_token_ids=sorted(tokenizer.eos_token_ids),
         context=context,
+        live_weights=config.sync.mode != "reload",
     )
 
 
 def build_sync(config: RunConfig, actor: Actor, engine: VllmEngine) -> WeightSync:
     """The bridge between the two, its plan computed and compared over all ranks."""
     context = actor.context
-    targets = engine_layouts(actor.shape, context.topology)
-    return WeightSync(
-        make_plan(actor.layouts, targets),
-        actor.layouts,
+    ends = Ends(
         rank=context.rank,
         source_params=actor.parameters,
         target=engine,
         dtype=actor.dtype,
-        bucket_bytes=config.sync.bucket_bytes,
         group=context.world_group,
         device=context.device,
+    )
+    return WeightSync(
+        actor.layouts,
+        engine_layouts(actor.shape, context.topology),
+        hf_layouts(actor.shape),
+        ends,
+        config.sync,
+        alias_forbidden=alias_forbidden(config.sync, config.rollout),
     )
 
 

@@ -5,16 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from osft_mcore.config.check import Phase
+from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
 from osft_mcore.errors import ConfigError, OsftError, WeightError
 from osft_mcore.log.run_folder import RunFolder
+from osft_mcore.parallel.topology import topology_of
 from osft_mcore.train.inputs import (
     load_held_out,
     load_sft_examples,
     load_train_prompts,
     total_steps,
 )
+from osft_mcore.train.weight_plan import weight_lines
 from osft_mcore.weights.safetensors_io import read_hf_index
 
 NUM_TENSORS_SHOWN = 8
@@ -27,6 +30,8 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
     the same answer on every rank that sees the same files.
     """
     steps: list[Callable[[], None]] = [lambda: _check_output_dir(Path(config.output_dir))]
+    if phase == "train":
+        steps.append(lambda: _check_weight_plan(config))
     if config.model.init == "pretrained":
         steps.append(lambda: _check_weights(config.model.path))
     errors = [error for step in steps if (error := _error_of(step)) is not None]
@@ -68,6 +73,11 @@ def _check_output_dir(folder: Path) -> None:
             f"output_dir: {str(folder)!r} cannot be created: {str(existing)!r} is not a folder "
             "that this user may write to"
         )
+
+
+def _check_weight_plan(config: RunConfig) -> None:
+    topology = topology_of(config.parallel, rollout_tp=config.rollout.tp)
+    weight_lines(config, read_model_shape(config.model.path), topology)
 
 
 def _check_weights(model_path: str) -> None:

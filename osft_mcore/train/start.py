@@ -62,6 +62,7 @@ def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_ste
     )
     console.say(
         f"actor: Megatron-Core tp={parallel.tp} pp={parallel.pp} dp={parallel.dp}"
+        f"{f' vpp={parallel.vpp}' if parallel.vpp > 1 else ''}"
         f"{' +sp' if parallel.sequence_parallel else ''};  rollout: vLLM tp={rollout.tp}"
     )
     kernels = ", ".join(f"{part}: {kernel}" for part, kernel in kernels_in_use().items())

@@ -6,6 +6,7 @@ from typing import Any
 
 from osft_mcore.actor.actor import UpdateResult
 from osft_mcore.records import Response
+from osft_mcore.weights.sync import PushReport
 
 
 def response_metrics(responses: Sequence[Response]) -> dict[str, float]:
@@ -39,6 +40,23 @@ def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
         record["sync/logprob_diff_mean"] = agreement.mean
         record["sync/logprob_diff_max"] = agreement.max
     return record
+
+
+def push_metrics(push: PushReport) -> dict[str, float]:
+    """Where the time of a weight push went, and what it moved against the least it could."""
+    return {
+        "sync/weight_version": float(push.version),
+        "time/sync_pack_s": push.pack_s,
+        "time/sync_transfer_s": push.transfer_s,
+        "time/sync_write_s": push.write_s,
+        "time/sync_verify_s": push.verify_s,
+        "sync/bytes_received": float(push.bytes_received),
+        "sync/bytes_least": float(push.bytes_least),
+        "sync/bytes_ratio": push.ratio,
+        "sync/bytes_local": float(push.bytes_local),
+        "sync/bytes_aliased": float(push.bytes_aliased),
+        "sync/peak_extra_bytes": float(push.peak_extra_bytes),
+    }
 
 
 def rollout_rows(

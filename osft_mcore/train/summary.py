@@ -22,7 +22,12 @@ def summarise(
         "steps": loop.num_steps,
         "tau_sample": cfg.rollout.tau_sample,
         "tau_train": cfg.algorithm.tau_train,
-        "actor_layout": {"tp": topology.tp, "pp": topology.pp, "dp": topology.dp},
+        "actor_layout": {
+            "tp": topology.tp,
+            "pp": topology.pp,
+            "vpp": topology.vpp,
+            "dp": topology.dp,
+        },
         "rollout_layout": {"tp": topology.rollout_tp, "replicas": topology.num_replicas},
         "weight_version": loop.sync.version,
     }

@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from osft_mcore.weights.layout import Layout
-from osft_mcore.weights.plan import Layouts, ReshardPlan
+from osft_mcore.weights.layout import Interval, Layout, Layouts, merged
+from osft_mcore.weights.plan import ReshardPlan
 
 Span = tuple[int, int]
 """Rows [start, stop)."""
@@ -22,6 +22,8 @@ class RankBytes:
     """The part of this rank's target that it does not hold itself."""
     local: int
     """Copied within the rank."""
+    aliased: int
+    """Not copied at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,7 @@ def plan_bytes(
                 received=moved.received * itemsize,
                 least=least.get(rank, 0) * itemsize,
                 local=moved.local * itemsize,
+                aliased=moved.aliased * itemsize,
             )
             for rank, moved in plan.traffic().items()
         ),
@@ -90,23 +93,15 @@ def missing_elements(sources: Layouts, targets: Layouts) -> dict[int, int]:
 
 def _spans(layouts: Mapping[str, Layout]) -> dict[tuple[str, int], list[Span]]:
     """The rows that these parameters hold, by tensor and elements in a row, merged and sorted."""
-    found: dict[tuple[str, int], list[Span]] = defaultdict(list)
+    by_width: dict[int, list[Interval]] = defaultdict(list)
     for layout in layouts.values():
-        for interval in layout.intervals:
-            if interval.tensor is not None:
-                key = (interval.tensor, layout.row_elements)
-                found[key].append((interval.start, interval.stop))
-    return {key: _merged(spans) for key, spans in found.items()}
-
-
-def _merged(spans: Iterable[Span]) -> list[Span]:
-    merged: list[Span] = []
-    for start, stop in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return merged
+        by_width[layout.row_elements] += layout.intervals
+    found: dict[tuple[str, int], list[Span]] = defaultdict(list)
+    for width, intervals in by_width.items():
+        for interval in merged(intervals):
+            assert interval.tensor is not None, "padding is no part of a merged run"
+            found[interval.tensor, width].append((interval.start, interval.stop))
+    return found
 
 
 def _num_rows_outside(wanted: Iterable[Span], held: Iterable[Span]) -> int:

@@ -1,6 +1,6 @@
 """Carry out one rank's schedule on real parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -8,23 +8,37 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from osft_mcore.weights.phases import Phases
 from osft_mcore.weights.plan import Copy, Padding, Shapes
-from osft_mcore.weights.schedule import Message, Piece, RankSchedule, Round
-from osft_mcore.weights.transport import Parcel, agree, exchange
+from osft_mcore.weights.schedule import NUM_BUFFERS, Message, Piece, RankSchedule, Round
+from osft_mcore.weights.transport import InFlight, Parcel, agree, post
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferReport:
-    """What one rank moved."""
+    """What one rank moved, and how long it took."""
 
     bytes_sent: int
     bytes_received: int
     bytes_local: int
     num_messages: int
     """Sent and received."""
-    num_buckets: int
-    """Rounds in which this rank took part."""
+    num_rounds: int
+    """In which this rank took part."""
     peak_extra_bytes: int
+    pack_s: float
+    """Copying rows into buffers."""
+    transfer_s: float
+    """Waiting for messages; what is packed and written meanwhile hides a part of it."""
+    write_s: float
+    """Copying rows into the targets, from buffers and from this rank's own sources."""
+    verify_s: float = 0.0
+    """Comparing digests; left to the caller of `execute`."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all phases."""
+        return self.pack_s + self.transfer_s + self.write_s + self.verify_s
 
 
 @torch.no_grad()
@@ -34,16 +48,18 @@ def execute(
     target_params: Mapping[str, Tensor],
     *,
     group: ProcessGroup | None,
+    problems: Sequence[str] = (),
 ) -> TransferReport:
     """Fill `target_params` as planned. Collective over `group` (None: nothing is remote).
 
     Ranks of the plan are global ranks. Messages travel in the sources' dtype; a target of another
-    dtype is cast on arrival. Extra memory is one bucket of schedule.bucket_elements.
+    dtype is cast on arrival. Aliases are left alone. Extra memory is schedule.buffer_bytes.
     Raises WeightError on every rank, before anything is written, if on any rank a parameter is
-    missing, unknown, or of another shape or dtype than planned.
+    missing, unknown, or of another shape or dtype than planned, or the caller brings `problems`;
+    and if another rank is lost.
     """
     device = _device(source_params, target_params)
-    problems = shape_mismatches("source", schedule.source_shapes, source_params)
+    problems = [*problems, *shape_mismatches("source", schedule.source_shapes, source_params)]
     problems += shape_mismatches("target", schedule.target_shapes, target_params)
     problems += [
         f"source parameter {name!r} is {param.dtype}, planned as {schedule.dtype}"
@@ -51,18 +67,46 @@ def execute(
         if param.dtype != schedule.dtype
     ]
     if group is None and schedule.rounds:
-        problems.append(f"rank {schedule.rank} has remote copies but was given no process group")
+        problems.append("it has remote copies but was given no process group")
     agree([f"rank {schedule.rank}: {problem}" for problem in problems], group, device)
 
-    for padding in schedule.paddings:
-        zero_rows(target_params[padding.param], padding)
-    for copy in schedule.local:
-        copy_rows(target_params[copy.dst_param], copy, source_params[copy.src_param])
-    bucket = torch.empty(schedule.bucket_elements, dtype=schedule.dtype, device=device)
-    if group is not None:
-        for turn in schedule.rounds:
-            _run_round(turn, bucket, source_params, target_params, group)
-    return _report(schedule)
+    phases = Phases(device)
+    buffers = [
+        torch.empty(schedule.buffer_elements, dtype=schedule.dtype, device=device)
+        for _ in range(schedule.num_buffers)
+    ]
+    under_way: InFlight | None = None
+    for index, turn in enumerate(schedule.rounds):
+        assert group is not None, "remote copies without a group were refused above"
+        with phases("pack"):
+            sends, receives = _pack(turn, buffers[index % NUM_BUFFERS], source_params)
+        posted = post(sends, receives, group)
+        if under_way is None:
+            _write_local(schedule, source_params, target_params, phases)
+        else:
+            _arrive(schedule.rounds[index - 1], under_way, target_params, phases)
+        under_way = posted
+    if under_way is None:
+        _write_local(schedule, source_params, target_params, phases)
+    else:
+        _arrive(schedule.rounds[-1], under_way, target_params, phases)
+    return _report(schedule, phases)
+
+
+def combined(reports: Sequence[TransferReport]) -> TransferReport:
+    """Transfers one after the other as one."""
+    return TransferReport(
+        bytes_sent=sum(report.bytes_sent for report in reports),
+        bytes_received=sum(report.bytes_received for report in reports),
+        bytes_local=sum(report.bytes_local for report in reports),
+        num_messages=sum(report.num_messages for report in reports),
+        num_rounds=sum(report.num_rounds for report in reports),
+        peak_extra_bytes=max((report.peak_extra_bytes for report in reports), default=0),
+        pack_s=sum(report.pack_s for report in reports),
+        transfer_s=sum(report.transfer_s for report in reports),
+        write_s=sum(report.write_s for report in reports),
+        verify_s=sum(report.verify_s for report in reports),
+    )
 
 
 def copy_rows(target: Tensor, copy: Copy, source: Tensor) -> None:
@@ -90,27 +134,52 @@ def shape_mismatches(side: str, expected: Shapes, params: Mapping[str, Tensor]) 
     return problems
 
 
-def _run_round(
-    turn: Round,
-    bucket: Tensor,
+def _write_local(
+    schedule: RankSchedule,
     source_params: Mapping[str, Tensor],
     target_params: Mapping[str, Tensor],
-    group: ProcessGroup,
+    phases: Phases,
 ) -> None:
+    with phases("write"):
+        for padding in schedule.paddings:
+            zero_rows(target_params[padding.param], padding)
+        for copy in schedule.local:
+            copy_rows(target_params[copy.dst_param], copy, source_params[copy.src_param])
+
+
+def _pack(
+    turn: Round, buffer: Tensor, source_params: Mapping[str, Tensor]
+) -> tuple[list[Parcel], list[Parcel]]:
+    """The round's parcels in one buffer, those to send filled."""
     messages = (*turn.sends, *turn.receives)
     starts = accumulate((message.num_elements for message in messages), initial=0)
-    buffers = [bucket[at : at + m.num_elements] for at, m in zip(starts, messages, strict=False)]
-    parcels = [Parcel(peer=m.peer, buffer=b) for m, b in zip(messages, buffers, strict=True)]
-    num_sends = len(turn.sends)
-    for message, buffer in zip(turn.sends, buffers, strict=False):
+    parcels = [
+        Parcel(peer=m.peer, buffer=buffer[at : at + m.num_elements], content=_content(m))
+        for at, m in zip(starts, messages, strict=False)
+    ]
+    sends, receives = parcels[: len(turn.sends)], parcels[len(turn.sends) :]
+    for message, parcel in zip(turn.sends, sends, strict=True):
         for piece in message.pieces:
-            rows, packed = _views(source_params[piece.param], buffer, piece)
+            rows, packed = _views(source_params[piece.param], parcel.buffer, piece)
             packed.copy_(rows)
-    exchange(parcels[:num_sends], parcels[num_sends:], group)
-    for message, buffer in zip(turn.receives, buffers[num_sends:], strict=True):
-        for piece in message.pieces:
-            rows, packed = _views(target_params[piece.param], buffer, piece)
-            rows.copy_(packed)
+    return sends, receives
+
+
+def _arrive(
+    turn: Round, under_way: InFlight, target_params: Mapping[str, Tensor], phases: Phases
+) -> None:
+    with phases("transfer"):
+        under_way.wait()
+    with phases("write"):
+        for message, parcel in zip(turn.receives, under_way.receives, strict=True):
+            for piece in message.pieces:
+                rows, packed = _views(target_params[piece.param], parcel.buffer, piece)
+                rows.copy_(packed)
+
+
+def _content(message: Message) -> str:
+    first, *others = message.pieces
+    return f"{first.param!r}" + (f" and {len(others)} more" if others else "")
 
 
 def _views(param: Tensor, buffer: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -126,7 +195,7 @@ def _device(*sides: Mapping[str, Tensor]) -> torch.device:
     return torch.device("cpu")
 
 
-def _report(schedule: RankSchedule) -> TransferReport:
+def _report(schedule: RankSchedule, phases: Phases) -> TransferReport:
     def total(messages: tuple[Message, ...]) -> int:
         return sum(message.num_elements for message in messages) * schedule.dtype.itemsize
 
@@ -135,6 +204,9 @@ def _report(schedule: RankSchedule) -> TransferReport:
         bytes_received=sum(total(turn.receives) for turn in schedule.rounds),
         bytes_local=sum(copy.num_elements for copy in schedule.local) * schedule.dtype.itemsize,
         num_messages=sum(len(turn.sends) + len(turn.receives) for turn in schedule.rounds),
-        num_buckets=len(schedule.rounds),
-        peak_extra_bytes=schedule.bucket_elements * schedule.dtype.itemsize,
+        num_rounds=len(schedule.rounds),
+        peak_extra_bytes=schedule.buffer_bytes,
+        pack_s=phases.seconds("pack"),
+        transfer_s=phases.seconds("transfer"),
+        write_s=phases.seconds("write"),
     )

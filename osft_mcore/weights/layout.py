@@ -1,5 +1,6 @@
 """How one parameter is laid out: an ordered run of intervals of Hugging Face tensors."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -60,9 +61,26 @@ class Layout:
         return list(zip(starts, self.intervals, strict=False))
 
 
+Layouts = Mapping[int, Mapping[str, Layout]]
+"""Rank -> parameter name -> layout: one side of a plan."""
+
+
 def whole(tensor: str, num_rows: int) -> tuple[Interval, ...]:
     """All rows of a tensor."""
     return (Interval(tensor, 0, num_rows),)
+
+
+def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
+    """The same rows of tensors, each once, sorted, in as few intervals as possible."""
+    runs: list[Interval] = []
+    held = [interval for interval in intervals if interval.tensor is not None]
+    for interval in sorted(held, key=lambda at: (at.tensor, at.start, at.stop)):
+        last = runs[-1] if runs else None
+        if last is not None and last.tensor == interval.tensor and interval.start <= last.stop:
+            runs[-1] = Interval(last.tensor, last.start, max(last.stop, interval.stop))
+        else:
+            runs.append(interval)
+    return tuple(runs)
 
 
 def padded(tensor: str, num_rows: int, total: int) -> tuple[Interval, ...]:

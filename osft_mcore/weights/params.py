@@ -9,7 +9,7 @@ from typing import Literal
 
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.errors import WeightError
-from osft_mcore.parallel.topology import stage_layers
+from osft_mcore.parallel.topology import chunk_layers
 from osft_mcore.weights.layout import Interval, Layout, cut, padded, whole
 
 Split = Literal["none", "columns", "qkv", "gate_up", "vocab"]
@@ -77,32 +77,44 @@ def megatron_layouts(
     pp_rank: int,
     vocab_padded: int,
     transformer_engine: bool,
+    vpp: int = 1,
 ) -> dict[str, Layout]:
-    """Layout of every parameter of one Megatron-Core stage, by its name on that stage.
+    """Layout of every parameter of one Megatron-Core stage, over all its model chunks, by name.
 
-    Layers are numbered from 0 on each stage. A tied model on several stages has a copy of the
-    embedding as the last stage's output layer. Raises WeightError where the model does not divide.
+    Layers are numbered from 0 in each chunk. A tied model on several stages has a copy of the
+    embedding as the output layer. Raises WeightError where the model does not divide.
     """
-    if pp > shape.num_layers:
-        raise WeightError(f"{pp} stages, but the model has {shape.num_layers} layers; parallel.pp")
-    layers = stage_layers(shape.num_layers, pp, pp_rank)
-    parameters = [_embedding(shape)] if pp_rank == 0 else []
-    for local, layer in enumerate(layers):
-        parameters += _layer(shape, hf_layer=layer, megatron_layer=local)
-    if pp_rank == pp - 1:
-        parameters.append(_final_norm(shape))
-        if not shape.tied or pp > 1:
-            parameters.append(_output(shape))
-    return {
-        (p.transformer_engine if transformer_engine else p.megatron): _layout(
-            p,
-            tp=tp,
-            tp_rank=tp_rank,
-            vocab_padded=vocab_padded,
-            qkv=cut(_interleaved_qkv(p, shape), tp_rank, tp) if p.split == "qkv" else (),
+    if pp * vpp > shape.num_layers:
+        raise WeightError(
+            f"parallel.pp * vpp = {pp} * {vpp} = {pp * vpp} model chunks, but the model has "
+            f"{shape.num_layers} layers"
         )
-        for p in parameters
-    }
+    first, last = (0, 0), (pp - 1, vpp - 1)
+    chunks = chunk_layers(shape.num_layers, pp=pp, vpp=vpp, pp_rank=pp_rank)
+    layouts = {}
+    for chunk, layers in enumerate(chunks):
+        parameters = [_embedding(shape)] if (pp_rank, chunk) == first else []
+        for local, layer in enumerate(layers):
+            parameters += _layer(shape, hf_layer=layer, megatron_layer=local)
+        if (pp_rank, chunk) == last:
+            parameters.append(_final_norm(shape))
+            if not shape.tied or pp > 1:
+                parameters.append(_output(shape))
+        for p in parameters:
+            name = p.transformer_engine if transformer_engine else p.megatron
+            layouts[chunk_prefix(chunk, vpp) + name] = _layout(
+                p,
+                tp=tp,
+                tp_rank=tp_rank,
+                vocab_padded=vocab_padded,
+                qkv=cut(_interleaved_qkv(p, shape), tp_rank, tp) if p.split == "qkv" else (),
+            )
+    return layouts
+
+
+def chunk_prefix(chunk: int, vpp: int) -> str:
+    """What tells the parameters of a stage's model chunks apart; nothing where there is one."""
+    return f"chunks.{chunk}." if vpp > 1 else ""
 
 
 def vllm_layouts(

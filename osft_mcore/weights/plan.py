@@ -5,12 +5,12 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from osft_mcore.errors import WeightError
-from osft_mcore.weights.layout import Layout
+from osft_mcore.weights.alias import Alias
+from osft_mcore.weights.layout import Layouts
 
-Layouts = Mapping[int, Mapping[str, Layout]]
-"""Rank -> parameter name -> layout: one side of a plan."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -52,6 +52,7 @@ class Traffic:
     sent: int
     received: int
     local: int
+    aliased: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,76 +62,71 @@ class ReshardPlan:
     copies: tuple[Copy, ...]
     """Ordered by destination rank, parameter (as given), first row."""
     paddings: tuple[Padding, ...]
+    aliases: tuple[Alias, ...]
+    """Target parameters that are filled by being a source parameter."""
     source_shapes: Mapping[int, Shapes]
     target_shapes: Mapping[int, Shapes]
     digest: str
     """SHA-256 over all of the above; ranks with equal digests agree on every message."""
 
     def traffic(self) -> dict[int, Traffic]:
-        """Elements sent, received and copied locally, by rank."""
+        """Elements sent, received, copied locally and aliased, by rank."""
         sent: Counter[int] = Counter()
         received: Counter[int] = Counter()
         local: Counter[int] = Counter()
+        aliased: Counter[int] = Counter()
         for copy in self.copies:
             if copy.src_rank == copy.dst_rank:
                 local[copy.src_rank] += copy.num_elements
             else:
                 sent[copy.src_rank] += copy.num_elements
                 received[copy.dst_rank] += copy.num_elements
+        for alias in self.aliases:
+            aliased[alias.rank] += prod(self.target_shapes[alias.rank][alias.dst_param])
         return {
-            rank: Traffic(sent=sent[rank], received=received[rank], local=local[rank])
+            rank: Traffic(
+                sent=sent[rank],
+                received=received[rank],
+                local=local[rank],
+                aliased=aliased[rank],
+            )
             for rank in sorted({*self.source_shapes, *self.target_shapes})
         }
 
 
-def make_plan(sources: Layouts, targets: Layouts) -> ReshardPlan:
-    """Fill every row of `targets` from `sources`.
+def make_plan(
+    sources: Layouts, targets: Layouts, *, aliases: tuple[Alias, ...] = ()
+) -> ReshardPlan:
+    """Fill every row of `targets` from `sources`; `aliases` (see find_aliases) need no copy.
 
     Of several ranks that hold the same rows, the destination itself is taken, otherwise the one
     that sends least so far. Raises WeightError, naming all of them, if rows have no source or if
     the two sides cut a tensor along different dims.
     """
     held = _index(sources)
-    wants, paddings = _wants(held, targets)
+    copied = _without(targets, aliases)
+    wants, paddings = _wants(held, copied)
     copies = _coalesced(wants, _chosen(wants))
-    _check_covered(targets, copies, paddings)
+    _check_covered(copied, copies, paddings)
     source_shapes, target_shapes = _shapes(sources), _shapes(targets)
-    digest = _digest(copies, paddings, source_shapes, target_shapes)
+    digest = _digest((*copies, *paddings, *aliases), source_shapes, target_shapes)
     return ReshardPlan(
         copies=copies,
         paddings=paddings,
+        aliases=aliases,
         source_shapes=source_shapes,
         target_shapes=target_shapes,
         digest=digest,
     )
 
 
-def check_all_used(sources: Layouts, plan: ReshardPlan) -> None:
-    """Raise WeightError if some row of a source tensor reaches no target of the plan."""
-    unread: dict[str, bytearray] = {}
-    located = {}
-    for rank, layouts in sources.items():
-        for name, layout in layouts.items():
-            located[rank, name] = layout.located()
-            for interval in layout.intervals:
-                if interval.tensor is not None:
-                    rows = unread.setdefault(interval.tensor, bytearray())
-                    rows.extend(bytes(max(0, interval.stop - len(rows))))
-                    rows[interval.start : interval.stop] = b"\1" * interval.length
-    for copy in plan.copies:
-        end = copy.src_start + copy.length
-        for at, interval in located[copy.src_rank, copy.src_param]:
-            low, high = max(at, copy.src_start), min(at + interval.length, end)
-            if low < high and interval.tensor is not None:
-                shift = interval.start - at
-                unread[interval.tensor][low + shift : high + shift] = bytes(high - low)
-    problems = [
-        f"{rows.count(1)} rows of {name!r} reach no target, the first is row {rows.index(1)}"
-        for name, rows in unread.items()
-        if 1 in rows
-    ]
-    if problems:
-        raise WeightError("\n".join(problems))
+def _without(targets: Layouts, aliases: Sequence[Alias]) -> Layouts:
+    """The targets that have to be written."""
+    aliased = {(alias.rank, alias.dst_param) for alias in aliases}
+    return {
+        rank: {name: layout for name, layout in layouts.items() if (rank, name) not in aliased}
+        for rank, layouts in targets.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,13 +340,12 @@ def _shapes(side: Layouts) -> dict[int, Shapes]:
 
 
 def _digest(
-    copies: Sequence[Copy],
-    paddings: Sequence[Padding],
+    records: Sequence[Copy | Padding | Alias],
     source_shapes: Mapping[int, Shapes],
     target_shapes: Mapping[int, Shapes],
 ) -> str:
     state = hashlib.sha256()
-    for record in (*copies, *paddings):
+    for record in records:
         state.update(repr(record).encode())
     for shapes in (source_shapes, target_shapes):
         state.update(repr({rank: dict(of_rank) for rank, of_rank in shapes.items()}).encode())

@@ -10,8 +10,10 @@ import torch
 from osft_mcore.errors import WeightError
 from osft_mcore.weights.plan import Copy, Padding, ReshardPlan, Shapes
 
+NUM_BUFFERS = 2
+"""One round is packed, or unpacked, while another is under way."""
 PIECES_PER_BUCKET = 4
-"""A copy is split to at most this share of a bucket, so that peers are served side by side."""
+"""A copy is split to at most this share of a round, so that peers are served side by side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """Messages in flight together; together at most the bucket size."""
+    """Messages in flight together; together at most a buffer."""
 
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
@@ -48,7 +50,8 @@ class RankSchedule:
     """All that one rank does in a transfer, in order.
 
     Rounds are numbered over all ranks and each message is in the same round on both ends, so a
-    rank in the lowest unfinished round only waits for ranks in that same round: no deadlock.
+    rank in the lowest unfinished round only waits for ranks in that same round: no deadlock. A
+    rank sets out on its next round before it waits for the last one, never further ahead.
     """
 
     rank: int
@@ -57,21 +60,33 @@ class RankSchedule:
     local: tuple[Copy, ...]
     paddings: tuple[Padding, ...]
     rounds: tuple[Round, ...]
-    bucket_elements: int
-    """Largest round of this rank: the whole extra memory of a transfer."""
+    buffer_elements: int
+    """Largest round of this rank."""
+    piece_elements: int
+    """No piece is larger, unless it is a single row."""
     source_shapes: Shapes
     target_shapes: Shapes
+
+    @property
+    def num_buffers(self) -> int:
+        """Buffers that a transfer needs."""
+        return min(NUM_BUFFERS, len(self.rounds))
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The whole extra memory of a transfer."""
+        return self.num_buffers * self.buffer_elements * self.dtype.itemsize
 
 
 def make_schedule(
     plan: ReshardPlan, rank: int, *, dtype: torch.dtype, bucket_bytes: int
 ) -> RankSchedule:
-    """Cut the plan into rounds in which no rank sends and receives more than `bucket_bytes`.
+    """Cut the plan into rounds; the buffers of a rank never take more than `bucket_bytes` in all.
 
     Every rank must pass the same plan, dtype and bucket size. Raises WeightError if one row of
     one parameter is larger than the bucket.
     """
-    cap = bucket_bytes // dtype.itemsize
+    cap = bucket_bytes // NUM_BUFFERS // dtype.itemsize
     rounds = _assign_rounds(_split(plan.copies, cap), cap)
     mine = [_round(copies, rank) for copies in rounds]
     busy = tuple(r for r in mine if r.sends or r.receives)
@@ -81,9 +96,10 @@ def make_schedule(
         local=tuple(c for c in plan.copies if c.src_rank == c.dst_rank == rank),
         paddings=tuple(p for p in plan.paddings if p.rank == rank),
         rounds=busy,
-        bucket_elements=max(
+        buffer_elements=max(
             (sum(m.num_elements for m in (*r.sends, *r.receives)) for r in busy), default=0
         ),
+        piece_elements=cap // PIECES_PER_BUCKET,
         source_shapes=plan.source_shapes.get(rank, {}),
         target_shapes=plan.target_shapes.get(rank, {}),
     )
@@ -98,7 +114,7 @@ def _split(copies: Sequence[Copy], cap: int) -> list[tuple[Copy, int, int]]:
         if copy.row_elements > cap:
             raise WeightError(
                 f"one row of {copy.src_param!r} has {copy.row_elements} elements, more than the "
-                f"{cap} that fit into a bucket; raise sync.bucket_mib"
+                f"{cap} that fit into half a bucket; raise sync.bucket_mib"
             )
         step = max(1, cap // PIECES_PER_BUCKET // copy.row_elements)
         queue = queues[copy.src_rank, copy.dst_rank]

@@ -28,6 +28,7 @@ from osft_mcore.config.schema import (
     ParallelConfig,
     RolloutConfig,
     RunConfig,
+    SyncConfig,
     TrainConfig,
 )
 from osft_mcore.data.arithmetic import ArithmeticTask, TinyModel, write_arithmetic
@@ -43,8 +44,9 @@ from osft_mcore.train.inputs import load_held_out, load_train_prompts
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.sft import run_sft
 from osft_mcore.train.start import build_actor
-from osft_mcore.weights.plan import make_plan
+from osft_mcore.weights.params import hf_layouts
 from osft_mcore.weights.sync import WeightSync
+from osft_mcore.weights.ways import Ends
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "osft_20_steps.jsonl"
 START = GOLDEN.with_name("osft_start.safetensors")
@@ -58,6 +60,8 @@ OTHER_TOPOLOGIES = {
     "dp2, two replicas": Topology(tp=1, pp=1, dp=2),
 }
 NUM_STEPS = 20
+OF_THE_LAYOUT = ("time/", "sync/bytes", "sync/peak")
+"""What may differ between layouts: not what is learnt, but what it takes."""
 # All stated here: the demo's defaults may change without changing this run.
 TASK = ArithmeticTask(
     num_sft=40, num_train=16, num_eval=16, num_addends=2, max_addend=12, wrong_share=0.1, seed=1
@@ -158,17 +162,16 @@ def build_loop(config: RunConfig, context: ParallelContext, grader: Grader | Non
 
 def build_sync(actor: Actor, engine: TorchEngine) -> WeightSync:
     context = actor.context
-    return WeightSync(
-        make_plan(actor.layouts, torch_engine_layouts(actor.shape, context.topology)),
-        actor.layouts,
+    ends = Ends(
         rank=context.rank,
         source_params=actor.parameters,
         target=engine,
         dtype=actor.dtype,
-        bucket_bytes=2**14,
         group=context.world_group,
         device=context.device,
     )
+    targets = torch_engine_layouts(actor.shape, context.topology)
+    return WeightSync(actor.layouts, targets, hf_layouts(actor.shape), ends, SyncConfig())
 
 
 def write_start(root: Path) -> tuple[Path, Path]:
@@ -184,7 +187,7 @@ def run(start: tuple[Path, Path], out: Path, topology: Topology) -> Run:
     records = [*read_lines(out / "metrics.jsonl"), *read_lines(out / "evaluations.jsonl")]
     rollouts = [out / "rollouts" / f"step_{step}.jsonl" for step in range(1, NUM_STEPS + 1)]
     return Run(
-        records=[{k: v for k, v in r.items() if not k.startswith("time/")} for r in records],
+        records=[{k: v for k, v in r.items() if not k.startswith(OF_THE_LAYOUT)} for r in records],
         sampled=[row["response_token_ids"] for file in rollouts for row in read_lines(file)],
         weights=load_file(out / "hf" / "model.safetensors"),
     )

@@ -23,8 +23,20 @@ from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Example
 from osft_mcore.train.start import build_actor
 
-# (tp, pp, dp, micro-batch size)
-LAYOUTS = [(1, 1, 1, 4), (2, 1, 1, 2), (1, 2, 1, 1), (1, 1, 2, 1), (2, 2, 1, 2), (2, 1, 2, 1)]
+Layout = tuple[int, int, int, int, int]
+"""tp, pp, vpp, dp, micro-batch size"""
+
+LAYOUTS: list[Layout] = [
+    (1, 1, 1, 1, 4),
+    (2, 1, 1, 1, 2),
+    (1, 2, 1, 1, 1),
+    (1, 1, 1, 2, 1),
+    (2, 2, 1, 1, 2),
+    (2, 1, 1, 2, 1),
+    (1, 2, 2, 1, 2),
+    # As few micro-batches as the interleaved schedule takes: one for each stage.
+    (1, 2, 2, 2, 4),
+]
 NUM_STEPS = 3
 # Adam's first steps are lr * sign(gradient): an element whose gradient is all rounding noise moves
 # by up to lr in either direction, so the bound on weights (1e-5) needs an lr near it.
@@ -47,15 +59,15 @@ def train(
     rank: int,
     folder: Path,
     out: Path,
-    layout: tuple[int, int, int, int],
+    layout: Layout,
     algorithm: AlgorithmConfig,
     **parallel: Any,
 ) -> list[tuple[float, float, float, float]]:
-    tp, pp, dp, micro_batch_size = layout
-    context = join_groups(Topology(tp=tp, pp=pp, dp=dp), device=torch.device("cpu"))
+    tp, pp, vpp, dp, micro_batch_size = layout
+    context = join_groups(Topology(tp=tp, pp=pp, dp=dp, vpp=vpp), device=torch.device("cpu"))
     config = RunConfig(
         model=ModelConfig(path=str(folder), dtype="fp32"),
-        parallel=ParallelConfig(tp=tp, pp=pp, dp=dp, **parallel),
+        parallel=ParallelConfig(tp=tp, pp=pp, dp=dp, vpp=vpp, **parallel),
         train=TrainConfig(lr=LR, micro_batch_size=micro_batch_size, clip_grad=0.5),
         algorithm=algorithm,
     )
@@ -69,13 +81,14 @@ def train(
 def run(
     folder: Path,
     out: Path,
-    layout: tuple[int, int, int, int],
+    layout: Layout,
     algorithm: AlgorithmConfig | None = None,
     **parallel: Any,
 ) -> tuple[list[tuple[float, ...]], dict[str, torch.Tensor]]:
+    tp, pp, _, dp, _ = layout
     by_rank = run_ranks(
         train,
-        layout[0] * layout[1] * layout[2],
+        tp * pp * dp,
         folder=folder,
         out=out,
         layout=layout,
@@ -106,8 +119,8 @@ def assert_same(
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kind, tied = request.param.split("_")
     folder = tmp_path_factory.mktemp(request.param)
-    # Three layers on two stages: uneven.
-    layers = 2 if tied == "tied" else 3
+    # Five layers on two stages, or on four chunks: uneven.
+    layers = 4 if tied == "tied" else 5
     return save_random_model(folder, kind, tied=tied == "tied", vocab=67, layers=layers)
 
 
@@ -120,22 +133,28 @@ def reference(
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
 def test_training_is_the_same_in_every_layout(
-    model: Path, reference: Any, tmp_path: Path, layout: tuple[int, int, int, int]
+    model: Path, reference: Any, tmp_path: Path, layout: Layout
 ) -> None:
     assert_same(run(model, tmp_path / "hf", layout), reference)
 
 
 @pytest.mark.parametrize(
     ("layout", "options"),
-    [((2, 1, 1, 2), {"sequence_parallel": True}), ((2, 2, 1, 1), {"sequence_parallel": True}),
-     ((1, 1, 2, 2), {"distributed_optimizer": False})],
-    ids=["tp2_sp", "tp2_pp2_sp", "dp2_plain_optimizer"],
+    [((2, 1, 1, 1, 2), {"sequence_parallel": True}),
+     ((2, 2, 1, 1, 1), {"sequence_parallel": True}),
+     ((2, 2, 2, 1, 1), {"sequence_parallel": True}),
+     ((1, 1, 1, 2, 2), {"distributed_optimizer": False}),
+     ((1, 2, 2, 1, 4), {"distributed_optimizer": False})],
+    ids=[
+        "tp2_sp", "tp2_pp2_sp", "tp2_pp2_vpp2_sp", "dp2_plain_optimizer",
+        "pp2_vpp2_plain_optimizer",
+    ],
 )  # fmt: skip
 def test_switches_change_nothing(
     model: Path,
     reference: Any,
     tmp_path: Path,
-    layout: tuple[int, int, int, int],
+    layout: Layout,
     options: dict[str, bool],
 ) -> None:
     assert_same(run(model, tmp_path / "hf", layout, **options), reference)
@@ -144,14 +163,14 @@ def test_switches_change_nothing(
 @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_aggregations_are_layout_independent(model: Path, tmp_path: Path, aggregation: Any) -> None:
     algorithm = AlgorithmConfig(aggregation=aggregation, tau_train=0.8)
-    one = run(model, tmp_path / "one", (1, 1, 1, 8), algorithm)
-    assert_same(run(model, tmp_path / "two", (2, 1, 2, 2), algorithm), one)
+    one = run(model, tmp_path / "one", (1, 1, 1, 1, 8), algorithm)
+    assert_same(run(model, tmp_path / "two", (2, 1, 1, 2, 2), algorithm), one)
 
 
 def test_per_microbatch_averaging_depends_on_the_split(model: Path, tmp_path: Path) -> None:
     algorithm = AlgorithmConfig(normalization="per_microbatch")
-    small, _ = run(model, tmp_path / "small", (1, 1, 1, 2), algorithm)
-    large, _ = run(model, tmp_path / "large", (1, 1, 1, 16), algorithm)
-    over_ranks, _ = run(model, tmp_path / "ranks", (1, 1, 2, 2), algorithm)
+    small, _ = run(model, tmp_path / "small", (1, 1, 1, 1, 2), algorithm)
+    large, _ = run(model, tmp_path / "large", (1, 1, 1, 1, 16), algorithm)
+    over_ranks, _ = run(model, tmp_path / "ranks", (1, 1, 1, 2, 2), algorithm)
     assert small[0][0] != pytest.approx(large[0][0], rel=1e-4)
     assert small[0][0] == pytest.approx(over_ranks[0][0], rel=1e-6)

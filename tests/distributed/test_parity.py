@@ -21,19 +21,21 @@ from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.start import build_actor
 
 LAYOUTS = {
-    "tp1": (1, 1, False),
-    "tp2": (2, 1, False),
-    "tp2_sp": (2, 1, True),
-    "pp2": (1, 2, False),
-    "pp3": (1, 3, False),
-    "tp2_pp2": (2, 2, False),
-    "tp2_pp2_sp": (2, 2, True),
+    "tp1": Topology(tp=1, pp=1, dp=1),
+    "tp2": Topology(tp=2, pp=1, dp=1),
+    "tp2_sp": Topology(tp=2, pp=1, dp=1),
+    "pp2": Topology(tp=1, pp=2, dp=1),
+    "pp3": Topology(tp=1, pp=3, dp=1),
+    "pp2_vpp2": Topology(tp=1, pp=2, dp=1, vpp=2),
+    "tp2_pp2": Topology(tp=2, pp=2, dp=1),
+    "tp2_pp2_sp": Topology(tp=2, pp=2, dp=1),
+    "tp2_pp2_vpp2_sp": Topology(tp=2, pp=2, dp=1, vpp=2),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2_tied": {"kind": "qwen2", "tied": True, "vocab": 67},
     "qwen2_untied": {"kind": "qwen2", "tied": False, "vocab": 301, "layers": 3},
     "qwen3_tied": {"kind": "qwen3", "tied": True, "vocab": 129},
-    "qwen3_untied": {"kind": "qwen3", "tied": False, "vocab": 67},
+    "qwen3_untied": {"kind": "qwen3", "tied": False, "vocab": 67, "layers": 4},
     "llama_untied": {"kind": "llama", "tied": False, "vocab": 255},
     "llama_tied_kv1": {"kind": "llama", "tied": True, "vocab": 33, "kv_heads": 1, "layers": 5},
     "mistral": {"kind": "mistral", "vocab": 190, "kv_heads": 1},
@@ -62,9 +64,10 @@ def actor_logits(actor: Actor, tokens_BS: torch.Tensor, *, sequence_parallel: bo
     with megatron_device(), torch.no_grad():
         outputs = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(()),
+            data_iterator=[iter(()) for _ in actor.wrapped],
             model=actor.wrapped,
-            num_microbatches=1,
+            # The same tokens as often as the interleaved schedule asks for.
+            num_microbatches=actor.context.topology.pp,
             seq_length=tokens_BS.shape[1],
             micro_batch_size=tokens_BS.shape[0],
             forward_only=True,
@@ -75,20 +78,22 @@ def actor_logits(actor: Actor, tokens_BS: torch.Tensor, *, sequence_parallel: bo
         hidden_SBH = outputs[0].transpose(0, 1)
         if sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
-        local = hidden_SBH.transpose(0, 1) @ output_weight(actor.stage).T
+        local = hidden_SBH.transpose(0, 1) @ output_weight(actor.chunks[-1]).T
         shards = [torch.empty_like(local) for _ in range(actor.context.topology.tp)]
         dist.all_gather(shards, local.contiguous(), group=actor.context.tp_group)
         return torch.cat(shards, dim=-1)[..., : actor.shape.vocab]
 
 
 def _largest_difference(rank: int, folders: dict[str, Path], layout: str) -> dict[str, float]:
-    tp, pp, sp = LAYOUTS[layout]
-    context = join_groups(Topology(tp=tp, pp=pp, dp=1), device=torch.device("cpu"))
+    topology, sp = LAYOUTS[layout], layout.endswith("_sp")
+    context = join_groups(topology, device=torch.device("cpu"))
     differences = {}
     for name, folder in folders.items():
         config = RunConfig(
             model=ModelConfig(path=str(folder), dtype="fp32"),
-            parallel=ParallelConfig(tp=tp, pp=pp, sequence_parallel=sp),
+            parallel=ParallelConfig(
+                tp=topology.tp, pp=topology.pp, vpp=topology.vpp, sequence_parallel=sp
+            ),
         )
         shape = read_model_shape(folder)
         actor = build_actor(config, context)
@@ -109,13 +114,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_equal_transformers(folders: dict[str, Path], layout: str) -> None:
-    tp, pp, _ = LAYOUTS[layout]
+    topology = LAYOUTS[layout]
     usable = {
         name: folder
         for name, folder in folders.items()
-        if read_model_shape(folder).num_layers >= pp
+        if read_model_shape(folder).num_layers >= topology.pp * topology.vpp
     }
-    results = run_ranks(_largest_difference, tp * pp, folders=usable, layout=layout)
+    results = run_ranks(_largest_difference, topology.world_size, folders=usable, layout=layout)
     seen = {name: diff for part in results for name, diff in part.items()}
     assert seen.keys() == usable.keys() != set()
     # Not max(): it passes over a NaN that does not come first.

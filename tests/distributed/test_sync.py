@@ -1,102 +1,112 @@
-"""A push delivers the whole of the weights under the next version, or leaves the target closed."""
+"""A push delivers the whole of the weights under the next version, or leaves the engine closed."""
 
-from collections.abc import Callable
+import dataclasses
+import os
+import re
+import signal
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import assert_equal, materialise, model, random_checkpoint
+from bridge import SHAPE, Bridge, actor_side, engine_side
+from layouts import assert_equal, model
 from ranks import run_ranks
 
-from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.errors import WeightError
-from osft_mcore.weights.layout import Layout
-from osft_mcore.weights.params import megatron_layouts, vllm_layouts
-from osft_mcore.weights.plan import make_plan
-from osft_mcore.weights.sync import WeightSync
+from osft_mcore.weights import execute, schedule, transport
+from osft_mcore.weights.layout import Layouts
+from osft_mcore.weights.sync import PushReport
 
-SHAPE = model("qwen2", kv_heads=2)
-Layouts = dict[int, dict[str, Layout]]
-
-
-def actor_layouts(shape: ModelShape) -> Layouts:
-    return {
-        rank: megatron_layouts(
-            shape, tp=2, tp_rank=rank, pp=1, pp_rank=0, vocab_padded=128, transformer_engine=False
-        )
-        for rank in range(2)
-    }
-
-
-def engine_layouts(shape: ModelShape, tp: int = 1) -> Layouts:
-    return {
-        rank: vllm_layouts(shape, tp=tp, tp_rank=rank % tp, vocab_padded=128) for rank in range(2)
-    }
+MODES = [
+    {"mode": mode, "engine_tp": tp, "verify": verify}
+    for mode, tp, verify in (
+        ("copy", 1, "sample"),
+        ("copy", 2, "full"),
+        ("auto", 1, "full"),
+        ("auto", 2, "sample"),
+        ("alias", 2, "full"),
+        ("reload", 1, "sample"),
+        ("reload", 2, "full"),
+    )
+]
 
 
-class DictTarget:
-    """Parameters in a dict, and a diary of what was asked of it."""
-
-    def __init__(self, layouts: dict[str, Layout]) -> None:
-        self.params = {name: torch.full(at.shape, torch.nan) for name, at in layouts.items()}
-        self.diary: list[str] = []
-
-    def begin_update(self) -> dict[str, torch.Tensor]:
-        self.diary.append("closed")
-        return self.params
-
-    def finish_update(self, version: int) -> None:
-        self.diary.append(f"open at {version}")
-
-
-class Bridge:
-    """Actor, target and sync of one rank; the actor's weights are `checkpoint` times `scale`."""
-
-    def __init__(self, rank: int, *, engine_tp: int = 1) -> None:
-        sources, targets = actor_layouts(SHAPE), engine_layouts(SHAPE, engine_tp)
-        world = dist.group.WORLD
-        assert world is not None
-        self.rank, self.sources, self.targets = rank, sources, targets
-        self.checkpoint = random_checkpoint(SHAPE)
-        self.scale = 1.0
-        self.target = DictTarget(targets[rank])
-        self.sync = WeightSync(
-            make_plan(sources, targets),
-            sources,
-            rank=rank,
-            source_params=lambda: self.shard(self.sources),
-            target=self.target,
-            dtype=torch.float32,
-            bucket_bytes=4096,
-            group=world,
-            device=torch.device("cpu"),
-        )
-
-    def shard(self, layouts: Layouts) -> dict[str, torch.Tensor]:
-        scaled = {name: tensor * self.scale for name, tensor in self.checkpoint.items()}
-        return {name: materialise(at, scaled) for name, at in layouts[self.rank].items()}
-
-
-def push_three_times(rank: int) -> list[int]:
-    bridge = Bridge(rank)
+def push_three_times(rank: int, **options: Any) -> list[tuple[int, int]]:
+    bridge = Bridge(rank, **options)
     assert bridge.sync.version == 0
-    versions = []
+    found = []
     for scale in (1.0, 2.0, -3.0):
-        bridge.scale = scale
+        bridge.sync.close()
+        bridge.train(scale)
         report = bridge.sync.push()
+        assert_equal(bridge.engine.params, bridge.expected())
         assert report.version == bridge.sync.version
-        versions.append(report.version)
-        assert_equal(bridge.target.params, bridge.shard(bridge.targets))
-        assert report.transfer.bytes_sent > 0
-    opened = [f"open at {version}" for version in versions]
-    opened_at = [entry for pair in zip(["closed"] * 3, opened, strict=True) for entry in pair]
-    assert bridge.target.diary == opened_at
-    return versions
+        found.append((report.version, report.bytes_received))
+    assert bridge.engine.diary == [
+        entry for version in (1, 2, 3) for entry in ("closed", f"open at {version}")
+    ]
+    return found
 
 
-def test_versions_count_up_and_each_push_delivers_the_weights_of_its_time() -> None:
-    assert run_ranks(push_three_times, 2) == [[1, 2, 3]] * 2
+@pytest.mark.parametrize("options", MODES, ids=lambda o: "-".join(map(str, o.values())))
+def test_each_push_delivers_the_weights_of_its_time_under_the_next_version(
+    options: dict[str, Any],
+) -> None:
+    first, second = run_ranks(push_three_times, 2, **options)
+    assert first == second
+    assert [version for version, _ in first] == [1, 2, 3]
+
+
+def report_of(rank: int, world: int, **options: Any) -> tuple[PushReport, int]:
+    """The push's report, and the bytes of this rank's parameters that are not the actor's."""
+    bridge = Bridge(rank, world=world, **options)
+    report = bridge.sync.push()
+    assert_equal(bridge.engine.params, bridge.expected())
+    lent = {tensor.data_ptr() for tensor in bridge.weights.values()}
+    own = [t for t in bridge.engine.params.values() if t.data_ptr() not in lent]
+    return report, sum(t.numel() * t.element_size() for t in own)
+
+
+def test_where_layouts_coincide_only_fused_attention_is_copied() -> None:
+    # Two groups of query heads on each rank: vLLM wants another order than Megatron-Core.
+    shape = model("qwen2", kv_heads=4)
+    qkv = shape.num_layers * (24 + 2 * 4) * shape.head_dim * (shape.hidden + 1) * 4 // 2
+    for report, own in run_ranks(report_of, 2, world=2, shape=shape, engine_tp=2, mode="alias"):
+        assert report.bytes_received == report.bytes_least == 0
+        assert report.bytes_local == 2 * qkv
+        assert own == qkv
+    # One group on each rank: the same order, nothing at all is copied.
+    shape = model("qwen2", kv_heads=2)
+    for report, own in run_ranks(report_of, 2, world=2, shape=shape, engine_tp=2, mode="alias"):
+        assert (report.bytes_received, report.bytes_local, own) == (0, 0, 0)
+        assert report.bytes_aliased > 0
+
+
+def test_a_pipeline_stage_lends_what_it_has() -> None:
+    """tp2 pp2 -> two replicas of tp 2: each stage aliases its own layers and receives the other."""
+    for report, own in run_ranks(report_of, 4, world=4, pp=2, engine_tp=2, mode="auto"):
+        assert report.ratio == 1.0
+        assert report.bytes_received > 0
+        assert report.bytes_aliased > 0
+        assert own > 0
+
+
+def refused_alias(rank: int) -> str:
+    with pytest.raises(WeightError) as error:
+        Bridge(rank, engine_tp=1, mode="alias")
+    return str(error.value)
+
+
+def test_alias_where_layouts_differ_is_refused_with_the_reasons() -> None:
+    for message in run_ranks(refused_alias, 2):
+        assert message.startswith("sync.mode: alias needs actor and engine to lay")
+        assert (
+            "model.layers.*.mlp.down_proj.weight: the engine's shards have another shape" in message
+        )
+        assert "norm" not in message
 
 
 def missing(params: dict[str, torch.Tensor]) -> None:
@@ -111,27 +121,27 @@ def wrong_shape(params: dict[str, torch.Tensor]) -> None:
     params["model.norm.weight"] = torch.zeros(5)
 
 
+def wrong_dtype(params: dict[str, torch.Tensor]) -> None:
+    params["model.norm.weight"] = torch.zeros(24, dtype=torch.bfloat16)
+
+
 def push_into_spoilt(
     rank: int, spoil: Callable[[dict[str, torch.Tensor]], None], ranks: list[int]
 ) -> tuple[str, int, list[str], bool]:
-    """One good push, then one into a spoilt target: error, version, diary, target unchanged."""
+    """One good push, then one into a spoilt engine: error, version, diary, engine unchanged."""
     bridge = Bridge(rank)
     bridge.sync.push()
-    delivered = bridge.shard(bridge.targets)
+    delivered = bridge.expected()
     if rank in ranks:
-        spoil(bridge.target.params)
-    bridge.scale = 2.0
-    error = "no error"
-    try:
-        bridge.sync.push()
-    except WeightError as raised:
-        error = str(raised)
+        spoil(bridge.engine.params)
+    bridge.train(2.0)
+    error = bridge.failed_push()
     unchanged = all(
         torch.equal(tensor, delivered[name])
-        for name, tensor in bridge.target.params.items()
-        if name in delivered and tensor.shape == delivered[name].shape
+        for name, tensor in bridge.engine.params.items()
+        if name in delivered and tensor.shape == delivered[name].shape and tensor.any()
     )
-    return error, bridge.sync.version, bridge.target.diary, unchanged
+    return error, bridge.sync.version, bridge.engine.diary, unchanged
 
 
 @pytest.mark.parametrize(
@@ -143,40 +153,81 @@ def push_into_spoilt(
             wrong_shape,
             "target parameter 'model.norm.weight' has shape (5,), its layout says (24,)",
         ),
+        (
+            wrong_dtype,
+            "target parameter 'model.norm.weight' is torch.bfloat16, the actor's weights are "
+            "torch.float32",
+        ),
     ],
-    ids=["missing", "extra", "wrong_shape"],
+    ids=["missing", "extra", "wrong_shape", "wrong_dtype"],
 )
-def test_a_target_that_does_not_fit_stays_closed(spoil: Any, problem: str) -> None:
-    closed = (1, ["closed", "open at 1", "closed"], True)
-    everywhere = run_ranks(push_into_spoilt, 2, spoil=spoil, ranks=[0, 1])
-    assert everywhere == [(f"rank 0: {problem}\nrank 1: {problem}", *closed)] * 2
+def test_an_engine_that_does_not_fit_stays_closed(spoil: Any, problem: str) -> None:
+    def closed(message: str) -> tuple[str, int, list[str], bool]:
+        refusal = f"refuses: weight version 2 was not delivered: {message}"
+        return message, 1, ["closed", "open at 1", "closed", refusal], True
+
+    both = f"rank 0: {problem}\nrank 1: {problem}"
+    assert run_ranks(push_into_spoilt, 2, spoil=spoil, ranks=[0, 1]) == [closed(both)] * 2
     # Where one rank alone is wrong, every rank names it and the parameter.
-    on_one = run_ranks(push_into_spoilt, 2, spoil=spoil, ranks=[1])
-    assert on_one == [(f"rank 1: {problem}", *closed)] * 2
+    alone = closed(f"rank 1: {problem}")
+    assert run_ranks(push_into_spoilt, 2, spoil=spoil, ranks=[1]) == [alone] * 2
 
 
 def recover(rank: int) -> list[str]:
-    """A target that is mended is filled by the next push."""
+    """An engine that is mended is filled by the next push."""
     bridge = Bridge(rank)
-    norm = bridge.target.params.pop("model.norm.weight")
-    with pytest.raises(WeightError):
-        bridge.sync.push()
-    bridge.target.params["model.norm.weight"] = norm
+    norm = bridge.engine.params.pop("model.norm.weight")
+    assert "model.norm.weight" in bridge.failed_push()
+    bridge.engine.params["model.norm.weight"] = norm
     bridge.sync.push()
-    assert_equal(bridge.target.params, bridge.shard(bridge.targets))
-    return bridge.target.diary
+    assert_equal(bridge.engine.params, bridge.expected())
+    return [entry.split(":")[0] for entry in bridge.engine.diary]
 
 
 def test_a_refused_push_can_be_repeated() -> None:
-    assert run_ranks(recover, 2) == [["closed", "closed", "open at 1"]] * 2
+    assert run_ranks(recover, 2) == [["closed", "refuses", "closed", "open at 1"]] * 2
+
+
+def fail_at_the_end(rank: int) -> tuple[str, list[str]]:
+    """Rank 1's engine cannot open; the other one must not be left open alone."""
+    bridge = Bridge(rank)
+    if rank == 1:
+
+        def finish_update(version: int) -> None:
+            raise WeightError(f"cannot open at {version}")
+
+        bridge.engine.finish_update = finish_update  # type: ignore[method-assign]
+    return bridge.failed_push(), bridge.engine.diary
+
+
+def test_a_version_is_open_on_all_ranks_or_on_none() -> None:
+    for message, diary in run_ranks(fail_at_the_end, 2):
+        assert message == "rank 1: cannot open at 1"
+        assert diary[-1] == "refuses: weight version 1 was not delivered: rank 1: cannot open at 1"
+
+
+def reload_fails(rank: int) -> str:
+    """Rank 1's loader gives up early; rank 0 still needs what rank 1 sends."""
+    bridge = Bridge(rank, mode="reload")
+    if rank == 1:
+
+        def reload(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+            name, _ = next(iter(tensors))
+            raise WeightError(f"cannot load {name}")
+
+        bridge.engine.reload = reload  # type: ignore[method-assign]
+    return bridge.failed_push()
+
+
+def test_a_loader_that_fails_on_one_rank_fails_on_all() -> None:
+    expected = "rank 1: cannot load model.embed_tokens.weight"
+    assert run_ranks(reload_fails, 2) == [expected] * 2
 
 
 def plan_alone(rank: int) -> str:
-    try:
+    with pytest.raises(WeightError) as error:
         Bridge(rank, engine_tp=1 if rank == 0 else 2)
-    except WeightError as error:
-        return str(error)
-    return "no error"
+    return str(error.value)
 
 
 def test_ranks_with_different_plans_do_not_start() -> None:
@@ -184,24 +235,137 @@ def test_ranks_with_different_plans_do_not_start() -> None:
         assert message.startswith("ranks [1] computed another reshard plan than rank 0"), message
 
 
-def leave_out(rank: int) -> str:
-    """Targets without the final norm: the actor trains a weight that would never arrive."""
-    sources, targets = actor_layouts(SHAPE), engine_layouts(SHAPE)
-    for layouts in targets.values():
-        del layouts["model.norm.weight"]
-    world = dist.group.WORLD
-    assert world is not None
-    try:
-        WeightSync(
-            make_plan(sources, targets), sources, rank=rank, source_params=dict,
-            target=DictTarget(targets[rank]), dtype=torch.float32, bucket_bytes=4096,
-            group=world, device=torch.device("cpu"),
-        )  # fmt: skip
-    except WeightError as error:
-        return str(error)
-    return "no error"
+# Wrong on purpose: each must be caught, and named.
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+QKV = "model.layers.1.self_attn.qkv_proj.weight"
 
 
-def test_a_weight_that_reaches_no_target_is_refused_before_the_first_push() -> None:
-    message = "24 rows of 'model.norm.weight' reach no target, the first is row 0"
-    assert run_ranks(leave_out, 2) == [message] * 2
+def without(side: Layouts, name: str) -> Layouts:
+    return {
+        rank: {param: at for param, at in layouts.items() if param != name}
+        for rank, layouts in side.items()
+    }
+
+
+def shifted(side: Layouts, *, ranks: list[int]) -> Layouts:
+    """One interval of one parameter is a row too far, on these ranks."""
+
+    def shift(layouts: Any) -> Any:
+        moved = tuple(
+            dataclasses.replace(at, start=at.start + 1, stop=at.stop + 1)
+            if at.tensor == K_PROJ
+            else at
+            for at in layouts[QKV].intervals
+        )
+        return {**layouts, QKV: dataclasses.replace(layouts[QKV], intervals=moved)}
+
+    return {rank: shift(at) if rank in ranks else at for rank, at in side.items()}
+
+
+def start_error(rank: int, sources: Layouts | None, targets: Layouts | None) -> str:
+    with pytest.raises(WeightError) as error:
+        Bridge(rank, tp=2, engine_tp=2, sources=sources, targets=targets)
+    return str(error.value)
+
+
+def test_a_parameter_dropped_from_the_table_is_named_before_the_first_push() -> None:
+    actor, engine = actor_side(SHAPE, tp=2), engine_side(SHAPE, tp=2)
+    lost = "decoder.layers.1.mlp.linear_fc2.weight"
+    [message] = set(run_ranks(start_error, 2, sources=without(actor, lost), targets=None))
+    tensor = "'model.layers.1.mlp.down_proj.weight'"
+    assert message == f"{tensor} is held by no parameter of the actor"
+    lost = "model.layers.1.mlp.down_proj.weight"
+    [message] = set(run_ranks(start_error, 2, sources=None, targets=without(engine, lost)))
+    assert message == f"{tensor} reaches no parameter of the engine"
+
+
+@pytest.mark.parametrize("ranks", [[0, 1], [1]])
+def test_a_shifted_interval_is_named_before_the_first_push(ranks: list[int]) -> None:
+    engine = shifted(engine_side(SHAPE, tp=2), ranks=ranks)
+    [message] = set(run_ranks(start_error, 2, sources=None, targets=engine))
+    assert f"the engine's ranks hold '{K_PROJ}' unevenly" in message
+
+
+def corrupt(rank: int, *, where: slice, verify: str) -> tuple[str, str]:
+    """The second parcel that rank 1 receives in the second push arrives changed."""
+    schedule.PIECES_PER_BUCKET = 32
+    bridge = Bridge(rank, bucket_mib=1, verify=verify)
+    bridge.sync.push()
+    real, arrived = transport.InFlight.wait, []
+
+    def wait(parcels: transport.InFlight) -> None:
+        real(parcels)
+        arrived.extend(parcels.receives)
+        if rank == 1 and len(arrived) == 1:
+            arrived[0].buffer[where] += 1
+
+    transport.InFlight.wait = wait  # type: ignore[method-assign]
+    message = bridge.failed_push()
+    return message, bridge.engine.diary[-1]
+
+
+@pytest.mark.parametrize(
+    ("where", "verify"), [(slice(None), "sample"), (slice(100, 101), "full")], ids=["all", "one"]
+)
+def test_a_bucket_corrupted_in_flight_is_named(where: slice, verify: str) -> None:
+    for message, last in run_ranks(corrupt, 2, where=where, verify=verify):
+        assert message.startswith("rank 1: rows 0:64 of 'model.embed_tokens.weight' are not what")
+        assert "rank 0 holds as 'embedding.word_embeddings.weight'" in message
+        assert last == f"refuses: weight version 2 was not delivered: {message}"
+
+
+def lose_rank(rank: int, how: str) -> tuple[str, str]:
+    """Rank 2 stops in the middle of the second push."""
+    group = dist.new_group(timeout=timedelta(seconds=4))
+    bridge = Bridge(rank, pp=2, engine_tp=4, world=4, group=group)
+    bridge.sync.push()
+    real = execute.post
+
+    def post(*args: Any) -> Any:
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+        return real(*args)
+
+    execute.post = post  # type: ignore[assignment]
+    message = bridge.failed_push()
+    dist.destroy_process_group()
+    return message, bridge.engine.diary[-1]
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_when_a_rank_is_lost_mid_push_the_others_stop_and_say_so(how: str) -> None:
+    results = run_ranks(lose_rank, 4, lost=[2], timeout_s=60, how=how)
+    for rank in (0, 1, 3):
+        message, last = results[rank]
+        assert re.match(
+            r"the push broke off while (sending|receiving) '\S+\.weight' .*(to|from) rank 2: "
+            r"a rank died, or did not answer within parallel\.timeout_minutes \(",
+            message,
+        ), message
+        assert last == f"refuses: weight version 2 was not delivered: {message}"
+
+
+def share_nothing(rank: int) -> str:
+    """An engine that keeps its own memory although it was told to share."""
+    bridge = Bridge(rank, engine_tp=2, mode="alias")
+    bridge.engine.share = lambda memory: None  # type: ignore[method-assign]
+    return bridge.failed_push()
+
+
+def test_an_alias_that_is_a_copy_is_named() -> None:
+    for message in run_ranks(share_nothing, 2):
+        assert "rank 0: target parameter 'model.norm.weight' should be the memory of" in message
+        assert "rank 1: target parameter 'model.norm.weight' should be the memory of" in message
+
+
+def stale_head(rank: int) -> str:
+    """A tied model whose engine has a head of its own, which no plan would ever fill."""
+    bridge = Bridge(rank, shape=model("qwen2", kv_heads=2, tied=True))
+    bridge.engine.params["lm_head.weight"] = torch.zeros(128, 24)
+    return bridge.failed_push()
+
+
+def test_a_stale_tied_head_is_named() -> None:
+    for message in run_ranks(stale_head, 2):
+        assert "rank 0: target parameter 'lm_head.weight' has no layout" in message

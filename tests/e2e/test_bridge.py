@@ -22,11 +22,12 @@ from ranks import run_ranks
 from osft_mcore.actor.export import export_hf
 from osft_mcore.config.check import check
 from osft_mcore.config.model_shape import read_model_shape
-from osft_mcore.config.schema import TrainConfig
+from osft_mcore.config.schema import SyncConfig, TrainConfig
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Example, Response
 from osft_mcore.train.osft import build_sync
 from osft_mcore.train.start import build_actor
+from osft_mcore.weights.alias import Mode
 
 QWEN2_TIED: dict[str, Any] = {"kind": "qwen2", "tied": True, "vocab": 67}
 QWEN2_SHARED_KV: dict[str, Any] = {"kind": "qwen2", "tied": True, "vocab": 301, "kv_heads": 1}
@@ -46,6 +47,8 @@ COMBINATIONS = {
     "tp2 pp2 -> 1": (Topology(tp=2, pp=2, dp=1, rollout_tp=1), QWEN2_TIED),
     "tp2 pp2 -> 2": (Topology(tp=2, pp=2, dp=1, rollout_tp=2), QWEN3),
 }
+MODES: dict[str, Mode] = {"tp2 -> 1": "copy", "pp2 -> 2": "reload", "tp2 pp2 -> 1": "reload"}
+"""The other combinations take `auto`."""
 NUM_PUSHES = 2
 NUM_PROMPTS = 9
 """Of each data-parallel rank. Odd: replicas get different numbers of them."""
@@ -62,14 +65,17 @@ class Push:
     """max |rollout - actor| log-probability, as the gate of the next update sees it."""
 
 
-def push_and_sample(_rank: int, folder: Path, out: Path, topology: Topology) -> list[Push]:
+def push_and_sample(
+    _rank: int, folder: Path, out: Path, topology: Topology, mode: Mode
+) -> list[Push]:
     """Update, push, export, sample; twice. The export of push i is `out`/i."""
     context = join(topology)
     num_prompts = NUM_PROMPTS * topology.dp
     train = TrainConfig(
         prompts_per_step=num_prompts, prompts_per_update=num_prompts, micro_batch_size=3
     )
-    config = run_config(folder, topology, train=train)
+    sync_config = SyncConfig(mode=mode, verify="full")
+    config = run_config(folder, topology, train=train, sync=sync_config)
     check(config, world_size=topology.world_size, phase="train", device="cpu", need_files=False)
     shape = read_model_shape(folder)
     actor, engine = build_actor(config, context), start_engine(config, context)
@@ -107,7 +113,12 @@ def test_pushed_weights_are_the_exported_ones(combination: str, tmp_path: Path) 
     topology, model = COMBINATIONS[combination]
     folder = save_random_model(tmp_path / "start", hidden=128, **model)
     by_rank = run_ranks(
-        push_and_sample, topology.world_size, folder=folder, out=tmp_path, topology=topology
+        push_and_sample,
+        topology.world_size,
+        folder=folder,
+        out=tmp_path,
+        topology=topology,
+        mode=MODES.get(combination, "auto"),
     )
     assert all(pushes == by_rank[0] for pushes in by_rank), "ranks saw different answers"
 

@@ -1,10 +1,12 @@
 """The vLLM engine keeps the promises of the RolloutEngine protocol."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from engines_vllm import (
     BLOCK,
     EOS_IDS,
@@ -237,6 +239,16 @@ def refusals(_rank: int, folder: Path) -> list[str]:
     assert [r.weight_version for r in responses] == [7, 7]
     engine.begin_update()
     texts.append(_refusal(engine))
+    engine.refuse("push 8 failed")
+    texts.append(_refusal(engine))
+    write_weights(engine, folder)
+    texts.append(_refusal(engine))
+    engine.finish_update(8)
+    assert engine.generate(PROMPTS[:2], ASKED["tau 1"]) == [
+        dataclasses.replace(response, weight_version=8) for response in responses
+    ]
+    engine.begin_update()
+    texts.append(_refusal(engine))
     return texts
 
 
@@ -248,8 +260,12 @@ def _refusal(engine: VllmEngine) -> str:
 
 def test_refuses_to_sample_from_incomplete_weights(folder: Path) -> None:
     [texts] = run_ranks(refusals, 1, folder=folder)
-    assert len(texts) == 3
-    assert all("a push must finish first" in text for text in texts), texts
+    incomplete = (
+        "rollout: asked to generate while the engine's weights are incomplete; a push must finish "
+        "first"
+    )
+    refused = "rollout: push 8 failed; a push must succeed first"
+    assert texts == [incomplete] * 3 + [refused] * 2 + [incomplete]
 
 
 def with_and_without_reset(
@@ -278,3 +294,97 @@ def test_prefixes_are_forgotten_with_their_weights(folder: Path, tmp_path: Path)
     assert largest_difference(other, fresh, ASKED["tau 1"]) <= TOLERANCE
     # The control: prompts this long do come from the cache, and stale ones would show.
     assert largest_difference(other, stale, ASKED["tau 1"]) > 100 * TOLERANCE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What an engine answered from shared memory, and what that saved, in bytes."""
+
+    answers: list[list[Response]]
+    size: int
+    freed: int
+    freed_again: int
+    refusals: dict[str, str]
+
+
+def share_memory(_rank: int, folders: Sequence[Path]) -> Shared:
+    """Sample from memory of the test's own, with the weights of one folder after the other."""
+    engine = start_engine(run_config(folders[0], LAYOUTS["one rank"]), join(LAYOUTS["one rank"]))
+    layouts = engine_layouts(read_model_shape(folders[0]), engine.context.topology)[0]
+    memory = {name: torch.empty_like(p) for name, p in engine.begin_update().items()}
+    refusals = {}
+    answers, resident = [], []
+    for version, folder in enumerate(folders):
+        engine.begin_update()
+        load_into(memory, layouts, folder)
+        refusals |= _refused_sharing(engine, memory) if version == 0 else {}
+        resident.append(resident_bytes())
+        engine.share(memory)
+        resident.append(resident_bytes())
+        engine.finish_update(version)
+        answers.append(engine.generate(PROMPTS, ASKED["tau 1"]))
+    engine.enforce_eager = False
+    with pytest.raises(WeightError, match=r"expected rollout\.enforce_eager=true"):
+        engine.share(memory)
+    live = engine.begin_update()
+    assert {n: p.data_ptr() for n, p in live.items()} == {
+        n: m.data_ptr() for n, m in memory.items()
+    }
+    return Shared(
+        answers=answers,
+        size=sum(tensor.nbytes for tensor in memory.values()),
+        freed=resident[0] - resident[1],
+        freed_again=resident[2] - resident[3],
+        refusals=refusals,
+    )
+
+
+def _refused_sharing(engine: VllmEngine, memory: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Each offer has one part that fits: nothing of it may be taken."""
+    held = {name: p.data_ptr() for name, p in engine.begin_update().items()}
+    fits = {"model.embed_tokens.weight": memory["model.embed_tokens.weight"]}
+    norm = memory["model.norm.weight"]
+    told = {}
+    for what, offer in {
+        "name": {"lm_head.weight": norm},
+        "shape": {"model.norm.weight": norm[1:]},
+        "dtype": {"model.norm.weight": norm.bfloat16()},
+        "stride": {"model.norm.weight": torch.empty(len(norm), 2)[:, 0]},
+    }.items():
+        with pytest.raises(WeightError) as caught:
+            engine.share(fits | offer)
+        told[what] = str(caught.value)
+    assert {name: p.data_ptr() for name, p in engine.begin_update().items()} == held
+    return told
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is no file."""
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x]
+    return int(line.split()[1]) * 1024
+
+
+def test_samples_from_memory_that_is_shared_with_it(tmp_path: Path) -> None:
+    # Tied: the head must follow its embedding. Large enough that memory which is kept shows.
+    folders = [
+        save_random_model(
+            tmp_path / str(seed), vocab=VOCAB, hidden=512, heads=8, head_dim=64, ffn=2048,
+            tied=True, seed=seed,
+        )
+        for seed in range(2)
+    ]  # fmt: skip
+    [shared] = run_ranks(share_memory, 1, folders=folders)
+    for folder, answers in zip(folders, shared.answers, strict=True):
+        assert largest_difference(folder, answers, ASKED["tau 1"]) <= TOLERANCE
+    stale = largest_difference(folders[0], shared.answers[1], ASKED["tau 1"])
+    assert stale > 100 * TOLERANCE
+
+    assert shared.size > 25 * 2**20
+    assert shared.freed > 0.9 * shared.size
+    # The second time the engine holds nothing else that it could free.
+    assert abs(shared.freed_again) < 0.1 * shared.size
+
+    for what, told in shared.refusals.items():
+        name = "lm_head.weight" if what == "name" else "model.norm.weight"
+        assert told.startswith(f"asked to share '{name}'"), told
+    assert "stride (2,)" in shared.refusals["stride"]

@@ -42,14 +42,16 @@ def no_fault(_sync: WeightSync, _engine: VllmEngine) -> None:
 
 def pushes_nothing(sync: WeightSync, engine: VllmEngine) -> None:
     """Every version number moves on, no weight does: only the log-probabilities can tell."""
-    real = sync.push
+    real, reports = sync.push, []
 
     def push() -> Any:
         if sync.version < 2:
-            return real()
+            reports.append(real())
+            return reports[-1]
         engine.begin_update()
         sync.version += 1
-        return engine.finish_update(sync.version)
+        engine.finish_update(sync.version)
+        return reports[-1]
 
     sync.push = push  # type: ignore[method-assign]
 
@@ -71,14 +73,16 @@ def forgets_replica_1(sync: WeightSync, engine: VllmEngine) -> None:
     sync.push = push  # type: ignore[method-assign]
 
 
-def counts_without_pushing(sync: WeightSync, _engine: VllmEngine) -> None:
-    real = sync.push
+def counts_without_pushing(sync: WeightSync, engine: VllmEngine) -> None:
+    real, reports = sync.push, []
 
     def push() -> Any:
         if sync.version < 2:
-            return real()
+            reports.append(real())
+            return reports[-1]
+        engine.finish_update(sync.version)
         sync.version += 1
-        return None
+        return reports[-1]
 
     sync.push = push  # type: ignore[method-assign]
 
@@ -104,7 +108,8 @@ def fit(_rank: int, folder: Path, out: Path, fault: Fault, **rollout: Any) -> st
         steps=NUM_STEPS, prompts_per_step=8, prompts_per_update=4, micro_batch_size=4,
         lr=0.01, lr_warmup_steps=0,
     )  # fmt: skip
-    config = run_config(folder, topology, train=train)
+    # A fault in memory that the actor reads as well would be a fault of both.
+    config = run_config(folder, topology, train=train, sync=SyncConfig(mode="copy"))
     algorithm = AlgorithmConfig(train_on_truncated=rollout.pop("train_on_truncated", True))
     config = replace(config, rollout=replace(config.rollout, **rollout), algorithm=algorithm)
     check(config, world_size=topology.world_size, phase="train", device="cpu", need_files=False)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from osft_mcore.config.check import check
 from osft_mcore.config.load import load_config
-from osft_mcore.config.schema import TrainConfig
+from osft_mcore.config.schema import SyncConfig, TrainConfig
 from osft_mcore.data.arithmetic import PROBLEM_SCHEMA, ArithmeticTask, TinyModel, write_arithmetic
 from osft_mcore.errors import AgreementError
 from osft_mcore.log.console import Console
@@ -142,7 +142,7 @@ def test_summary_tells_layouts_versions_and_times(runs: Runs) -> None:
     }  # fmt: skip
     assert (summary["steps"], summary["weight_version"]) == (NUM_STEPS, NUM_STEPS + 1)
     assert (summary["tau_sample"], summary["tau_train"]) == (0.6, 1.0)
-    assert summary["actor_layout"] == {"tp": 2, "pp": 1, "dp": 1}
+    assert summary["actor_layout"] == {"tp": 2, "pp": 1, "vpp": 1, "dp": 1}
     assert summary["rollout_layout"] == {"tp": 2, "replicas": 1}
     differences = [record["sync/logprob_diff_max"] for record in runs.metrics]
     # Not 0 either: two implementations computed them.
@@ -327,14 +327,16 @@ VOCAB = 67
 
 def stop_pushing(sync: WeightSync, engine: VllmEngine) -> None:
     """After the first push version numbers move on and weights do not."""
-    real = sync.push
+    real, reports = sync.push, []
 
     def push() -> Any:
         if sync.version < 1:
-            return real()
+            reports.append(real())
+            return reports[-1]
         engine.begin_update()
         sync.version += 1
-        return engine.finish_update(sync.version)
+        engine.finish_update(sync.version)
+        return reports[-1]
 
     sync.push = push  # type: ignore[method-assign]
 
@@ -347,7 +349,11 @@ def fit_bf16(_rank: int, folder: Path, out: Path, stale: bool) -> str:
         lr=0.01, lr_warmup_steps=0,
     )  # fmt: skip
     config = run_config(folder, BF16_LAYOUT, train=train)
-    config = replace(config, model=replace(config.model, dtype="bf16"))
+    config = replace(
+        config,
+        model=replace(config.model, dtype="bf16"),
+        sync=SyncConfig(mode="copy" if stale else "auto"),
+    )
     check(config, world_size=BF16_LAYOUT.world_size, phase="train", device="cpu", need_files=False)
     actor, engine = build_actor(config, context), start_engine(config, context)
     sync = build_sync(config, actor, engine)

@@ -73,6 +73,7 @@ def problems_of(
         (("parallel=tp2", "rollout=tp2"), 2),
         (("parallel.pp=2", "parallel.dp=2", "rollout.tp=4"), 4),
         (("parallel.tp=8", "rollout.tp=8"), 8),
+        (("parallel.pp=2", "parallel.vpp=3", "rollout.tp=2"), 2),
         (("logging=wandb",), 1),
         (("train.lr=0", "train.clip_grad=0", "evaluation.temperature=0", "rollout.top_k=0"), 1),
         (("train.prompts_per_update=8", "rollout.num_samples=3", "train.micro_batch_size=6"), 1),
@@ -104,6 +105,8 @@ def test_what_works_passes(
         ("seed=-1", "seed: found -1, expected 0 or more"),
         ("seed=4294967296", "seed: found 4294967296, expected 0 or more and below 2**32"),
         ("parallel.pp=7", "parallel.pp: 7 stages, but the model has only 6 layers"),
+        ("parallel.vpp=0", "parallel.vpp: found 0, expected at least 1"),
+        ("parallel.vpp=2", "parallel.vpp: found 2, which needs parallel.pp > 1, found 1"),
         ("parallel.dp=0", "parallel.dp: found 0, expected at least 1"),
         ("parallel.sequence_parallel=true", "parallel.sequence_parallel: needs parallel.tp > 1"),
         ("parallel.timeout_minutes=0", "parallel.timeout_minutes: found 0, expected more than 0"),
@@ -186,6 +189,14 @@ def test_a_world_of_the_wrong_size_shows_the_arithmetic(
     layout = ("parallel.tp=2", "parallel.pp=2")
     (problem,) = problems_of(options, *layout, world_size=world_size)
     assert advice in problem
+
+
+def test_a_model_chunk_without_a_layer_is_refused(options: list[str]) -> None:
+    (problem,) = problems_of(options, "parallel.pp=2", "parallel.vpp=4")
+    assert problem == (
+        "parallel.vpp: pp * vpp = 2 * 4 = 8 model chunks, but the model has only 6 layers; "
+        "at most 3 works"
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,12 +303,17 @@ def test_head_dims_are_those_of_the_installed_vllm() -> None:
     samples=st.integers(1, 6),
     dp=st.integers(1, 4),
     micro=st.integers(1, 8),
+    pp=st.integers(1, 3),
+    vpp=st.integers(1, 2),
 )
 def test_batches_pass_exactly_when_every_rank_gets_full_micro_batches(
-    step: int, update: int, samples: int, dp: int, micro: int
+    step: int, update: int, samples: int, dp: int, micro: int, pp: int, vpp: int
 ) -> None:
-    config = batch_config(step, update, samples, dp, micro)
+    config = batch_config(step, update, samples, dp, micro, pp=pp, vpp=vpp)
     works = step % update == 0 and update * samples % (dp * micro) == 0
+    if works and vpp > 1:
+        # What Megatron-Core's interleaved schedule asks for.
+        works = update * samples // (dp * micro) % pp == 0
     assert (batch_problems(config) == []) == works
 
 
@@ -307,13 +323,15 @@ def test_batches_pass_exactly_when_every_rank_gets_full_micro_batches(
     samples=st.integers(1, 6),
     dp=st.integers(1, 4),
     micro=st.integers(1, 8),
+    pp=st.integers(1, 3),
+    vpp=st.integers(1, 2),
     data=st.data(),
 )
 def test_following_the_advice_on_batches_works(
-    step: int, samples: int, dp: int, micro: int, data: st.DataObject
+    step: int, samples: int, dp: int, micro: int, pp: int, vpp: int, data: st.DataObject
 ) -> None:
     update = data.draw(st.sampled_from(divisors(step)))
-    config = batch_config(step, update, samples, dp, micro)
+    config = batch_config(step, update, samples, dp, micro, pp=pp, vpp=vpp)
     problems = batch_problems(config)
     assume(problems)
     for option, values in advised(problems[0]):
@@ -329,10 +347,12 @@ def test_a_replica_that_the_gate_would_never_see_is_refused(options: list[str]) 
     assert problems_of([*options, *layout], "train.prompts_per_update=2", "rollout.tp=2") == []
 
 
-def batch_config(step: int, update: int, samples: int, dp: int, micro: int) -> RunConfig:
+def batch_config(
+    step: int, update: int, samples: int, dp: int, micro: int, *, pp: int = 1, vpp: int = 1
+) -> RunConfig:
     return RunConfig(
-        parallel=ParallelConfig(dp=dp),
-        rollout=RolloutConfig(num_samples=samples, tp=dp),
+        parallel=ParallelConfig(dp=dp, pp=pp, vpp=vpp),
+        rollout=RolloutConfig(num_samples=samples, tp=dp * pp),
         train=TrainConfig(prompts_per_step=step, prompts_per_update=update, micro_batch_size=micro),
     )
 
@@ -364,6 +384,17 @@ def test_the_message_shows_the_arithmetic() -> None:
         "nearest train.prompts_per_update that works: 4, 8; "
         "nearest train.micro_batch_size that works: 3, 6"
     ]
+
+
+def test_the_message_says_where_the_stages_come_in() -> None:
+    config = batch_config(step=24, update=6, samples=1, dp=1, micro=3, pp=4, vpp=2)
+    (problem,) = batch_problems(config)
+    assert problem.startswith(
+        "train.prompts_per_update: an update has prompts_per_update * rollout.num_samples = "
+        "6 * 1 = 6 sequences, not a multiple of parallel.dp * train.micro_batch_size * parallel.pp "
+        "(as parallel.vpp > 1) = 1 * 3 * 4 = 12; "
+    )
+    assert dict(advised(problem)) == {"prompts_per_update": [12]}
 
 
 @given(number=st.integers(-3, 2000))

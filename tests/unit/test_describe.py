@@ -42,11 +42,19 @@ def test_rank_table_has_one_aligned_line_per_rank() -> None:
     assert [int(number) for number in lines[9].split()] == [9, 1, 1, 1, 2, 1]
 
 
+def test_describe_says_how_many_chunks_a_stage_holds() -> None:
+    config = load_config(["parallel.pp=2", "parallel.vpp=3"])
+    ranks = Topology(tp=1, pp=2, dp=1, vpp=3).all_coordinates()
+    text = describe(config, phase="sft", ranks=ranks)
+    assert rank_table(ranks) + "each pp stage holds 3 model chunks (parallel.vpp)\n" in text
+
+
 def test_describe_prints_config_ranks_and_batches() -> None:
     ranks = Topology(tp=4, pp=1, dp=2, rollout_tp=2).all_coordinates()
     text = describe(PAPER, phase="train", ranks=ranks, num_prompts=DEEPSCALER_PROMPTS)
     assert to_yaml(PAPER) in text
     assert rank_table(ranks) in text
+    assert "model chunks" not in text
     batches = text.split("# Batches\n")[1].splitlines()
     assert [" ".join(line.split()) for line in batches] == [
         "prompts a step 128 train.prompts_per_step",

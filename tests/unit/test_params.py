@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from osft_mcore.config.model_shape import FAMILIES
 from osft_mcore.errors import WeightError
 from osft_mcore.weights.params import hf_layouts, hf_tensors, megatron_layouts, vllm_layouts
-from osft_mcore.weights.plan import check_all_used, make_plan
+from osft_mcore.weights.plan import make_plan
+from osft_mcore.weights.sides import check_sides
 
 TP_SIZES = (1, 2, 3, 4, 6, 8)
 KV_HEADS = (1, 2, 3, 4, 8, 24)
@@ -53,18 +55,20 @@ def test_hf_tensors_are_those_of_transformers(model_type: str, tied: bool) -> No
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-@pytest.mark.parametrize("pp", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("num_layers", "pp", "vpp"), [(3, 1, 1), (3, 2, 1), (3, 3, 1), (5, 2, 2), (6, 2, 3)]
+)
 def test_megatron_layouts_hold_what_fusing_then_cutting_gives(
-    pp: int, model_type: str, tied: bool
+    num_layers: int, pp: int, vpp: int, model_type: str, tied: bool
 ) -> None:
     for kv_heads, tp in itertools.product(KV_HEADS, TP_SIZES):
         if not divides(kv_heads, tp):
             continue
-        shape = model(model_type, kv_heads=kv_heads, tied=tied)
+        shape = model(model_type, kv_heads=kv_heads, tied=tied, num_layers=num_layers)
         checkpoint = random_checkpoint(shape)
         padded = 128 * tp
         for pp_rank, tp_rank in itertools.product(range(pp), range(tp)):
-            where = {"tp": tp, "tp_rank": tp_rank, "pp": pp, "pp_rank": pp_rank}
+            where = {"tp": tp, "tp_rank": tp_rank, "pp": pp, "pp_rank": pp_rank, "vpp": vpp}
             layouts = megatron_layouts(
                 shape, **where, vocab_padded=padded, transformer_engine=False
             )
@@ -93,11 +97,12 @@ def test_every_actor_layout_reaches_every_rollout_layout() -> None:
     for kv_heads, actor_tp, tp in itertools.product(KV_HEADS, TP_SIZES, (1, 2, 4, 8)):
         if not divides(kv_heads, actor_tp) or not divides(kv_heads, tp):
             continue
-        shape = model("qwen2", kv_heads=kv_heads, tied=actor_tp % 2 == 0)
+        pp, vpp = ((1, 1), (2, 1), (2, 2))[num_pairs % 3]
+        num_layers = max(3, pp * vpp)
+        shape = model("qwen2", kv_heads=kv_heads, tied=actor_tp % 2 == 0, num_layers=num_layers)
         checkpoint = random_checkpoint(shape)
-        pp = 1 + num_pairs % 2
         where = [
-            {"tp": actor_tp, "tp_rank": tp_rank, "pp": pp, "pp_rank": pp_rank}
+            {"tp": actor_tp, "tp_rank": tp_rank, "pp": pp, "pp_rank": pp_rank, "vpp": vpp}
             for pp_rank, tp_rank in itertools.product(range(pp), range(actor_tp))
         ]
         padded = 128 * actor_tp
@@ -110,7 +115,7 @@ def test_every_actor_layout_reaches_every_rollout_layout() -> None:
             rank: vllm_layouts(shape, tp=tp, tp_rank=rank, vocab_padded=128) for rank in range(tp)
         }
         plan = make_plan(sources, targets)
-        check_all_used(sources, plan)
+        check_sides(sources, targets)
         found = [
             {name: torch.full(at.shape, torch.nan) for name, at in targets[rank].items()}
             for rank in range(tp)
@@ -129,6 +134,30 @@ def test_every_actor_layout_reaches_every_rollout_layout() -> None:
             assert_equal(found[rank], expected)
         num_pairs += 1
     assert num_pairs == 103
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_chunk_holds_its_own_layers_and_the_ends_of_the_model(tied: bool) -> None:
+    """Nine layers on two stages of two chunks: three, then two each."""
+    shape = model(tied=tied, num_layers=9)
+    held: dict[tuple[int, str], set[str]] = {}
+    for pp_rank in range(2):
+        where = {"tp": 1, "tp_rank": 0, "pp": 2, "pp_rank": pp_rank, "vpp": 2, "vocab_padded": 101}
+        for name, layout in megatron_layouts(shape, **where, transformer_engine=False).items():
+            chunk = ".".join(name.split(".")[:2])
+            owners = {re.sub(r"(layers\.\d+)\..*", r"\1", i.tensor or "") for i in layout.intervals}
+            held.setdefault((pp_rank, chunk), set()).update(owners)
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+
+    def layers(*numbers: int) -> set[str]:
+        return {f"model.layers.{number}" for number in numbers}
+
+    assert held == {
+        (0, "chunks.0"): {"model.embed_tokens.weight", *layers(0, 1, 2)},
+        (1, "chunks.0"): layers(3, 4),
+        (0, "chunks.1"): layers(5, 6),
+        (1, "chunks.1"): {"model.norm.weight", head, *layers(7, 8)},
+    }
 
 
 def test_transformer_engine_differs_from_the_local_spec_in_norm_names_only() -> None:
@@ -163,5 +192,8 @@ def test_a_model_that_does_not_divide_is_refused_by_name() -> None:
         vllm_layouts(model(), tp=6, tp_rank=0, vocab_padded=144)
     with pytest.raises(WeightError, match="101 rows, more than the padded size 100"):
         vllm_layouts(model(), tp=1, tp_rank=0, vocab_padded=100)
-    with pytest.raises(WeightError, match="4 stages, but the model has 3 layers"):
-        megatron_layouts(model(), tp=1, pp=4, pp_rank=0, transformer_engine=False, **at)
+    for pp, vpp in ((4, 1), (2, 2)):
+        with pytest.raises(WeightError, match=f"{pp} \\* {vpp} = 4 model chunks.*has 3 layers"):
+            megatron_layouts(
+                model(), tp=1, pp=pp, pp_rank=0, vpp=vpp, transformer_engine=False, **at
+            )

@@ -19,8 +19,9 @@ QWEN25_7B = {
 }
 
 
-def show(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "config.json").write_text(json.dumps(QWEN25_7B), encoding="utf-8")
+def show(folder: Path, *arguments: str, layers: int = 28) -> subprocess.CompletedProcess[str]:
+    config = {**QWEN25_7B, "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     command = [sys.executable, str(TOOL), str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
@@ -39,15 +40,37 @@ def test_json_states_bytes_bound_and_imbalance(tmp_path: Path) -> None:
     assert found["imbalance"] == pytest.approx(max(sent) / (sum(sent) / 4))
 
 
+def test_chunks_move_as_many_bytes_and_each_needs_a_layer(tmp_path: Path) -> None:
+    """Chunks deal other layers to the stages, but as many, and the layers are all alike."""
+    layout = ("--pp", "4", "--rollout-tp", "4", "--json")
+    plain, chunked = (show(tmp_path, *layout, "--vpp", vpp).stdout for vpp in ("1", "5"))
+    assert json.loads(plain)["ranks"] == json.loads(chunked)["ranks"]
+    refused = show(tmp_path, *layout, "--vpp", "8")
+    assert refused.returncode != 0
+    assert "4 * 8 = 32 model chunks, but the model has 28 layers" in refused.stderr
+
+
 def test_the_table_ends_with_the_ratio(tmp_path: Path) -> None:
     shown = show(tmp_path, "--tp", "4", "--rollout-tp", "4")
     assert shown.returncode == 0, shown.stderr
-    assert "ratio 1.00" in shown.stdout.splitlines()[-1]
-    assert len(shown.stdout.splitlines()) == 6
+    *ranks, head, total = shown.stdout.splitlines()
+    assert len(ranks) == 5
+    assert dict(zip(head.split(), total.split(), strict=True))["ratio"] == "1.00"
+
+
+def test_all_pairs_are_one_line_each(tmp_path: Path) -> None:
+    shown = show(tmp_path, "--pairs", layers=4)
+    assert shown.returncode == 0, shown.stderr
+    head, *lines = shown.stdout.splitlines()
+    rows = [dict(zip(head.split(), line.split(), strict=True)) for line in lines]
+    # tp and rollout tp in 1, 2, 4; pp 1 to 4, and 2 chunks on 2 stages.
+    assert len(rows) == 3 * 5 * 3
+    assert {row["ratio"] for row in rows} == {"1.00"}
+    assert all(row["received"] == row["least"] for row in rows)
 
 
 def test_a_rollout_that_does_not_fit_is_one_clear_error(tmp_path: Path) -> None:
     shown = show(tmp_path, "--tp", "3", "--rollout-tp", "2")
     assert shown.returncode != 0
-    assert "--rollout-tp 2 must divide the world of tp * pp * dp = 3 ranks" in shown.stderr
+    assert "rollout tp 2 must divide the world of tp * pp * dp = 3 ranks" in shown.stderr
     assert "Traceback" not in shown.stderr

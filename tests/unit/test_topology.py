@@ -1,10 +1,12 @@
 """Rank arithmetic against Megatron-Core's own generator."""
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.parallel_state import RankGenerator
 
-from osft_mcore.parallel.topology import Topology, stage_layers
+from osft_mcore.parallel.topology import Topology, chunk_layers, layer_parts
 
 SIZES = st.integers(1, 6)
 
@@ -65,11 +67,33 @@ def test_an_example_to_check_by_eye() -> None:
     assert (place.replica, place.rollout_tp_rank) == (1, 1)
 
 
+def test_chunks_leave_every_rank_in_its_place() -> None:
+    topology = Topology(tp=2, pp=3, dp=2, rollout_tp=4)
+    chunked = dataclasses.replace(topology, vpp=5)
+    assert chunked.all_coordinates() == topology.all_coordinates()
+    assert chunked.world_size == topology.world_size
+
+
 @given(st.integers(1, 9), st.integers(0, 40))
-def test_stages_share_the_layers_in_order_and_as_evenly_as_can_be(pp: int, more: int) -> None:
-    num_layers = pp + more
-    stages = [stage_layers(num_layers, pp, pp_rank) for pp_rank in range(pp)]
-    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
-    sizes = [len(stage) for stage in stages]
+def test_parts_share_the_layers_in_order_and_as_evenly_as_can_be(num: int, more: int) -> None:
+    parts = layer_parts(num + more, num)
+    assert [layer for part in parts for layer in part] == list(range(num + more))
+    sizes = [len(part) for part in parts]
     assert sizes == sorted(sizes, reverse=True)
     assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 9))
+def test_an_activation_meets_the_layers_in_order(pp: int, vpp: int, more: int) -> None:
+    """It passes all stages for the first chunk, then all of them again for the next."""
+    num_layers = pp * vpp + more
+    held = [chunk_layers(num_layers, pp=pp, vpp=vpp, pp_rank=stage) for stage in range(pp)]
+    assert [len(chunks) for chunks in held] == [vpp] * pp
+    met = [layer for chunk in range(vpp) for stage in range(pp) for layer in held[stage][chunk]]
+    assert met == list(range(num_layers))
+
+
+def test_an_example_of_chunks_to_check_by_eye() -> None:
+    """Nine layers on two stages of two chunks: parts 0 1 2, 3 4, 5 6, 7 8."""
+    assert chunk_layers(9, pp=2, vpp=2, pp_rank=0) == (range(0, 3), range(5, 7))
+    assert chunk_layers(9, pp=2, vpp=2, pp_rank=1) == (range(3, 5), range(7, 9))

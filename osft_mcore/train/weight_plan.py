@@ -1,0 +1,85 @@
+"""How a config's weights will reach the engine, known before anything is built."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import astuple
+from itertools import product
+from typing import Final
+
+from osft_mcore.actor.megatron_layout import actor_layouts
+from osft_mcore.config.check import tensor_parallel_problems
+from osft_mcore.config.model_shape import ModelShape
+from osft_mcore.config.schema import RolloutConfig, RunConfig, SyncConfig
+from osft_mcore.errors import ConfigError, WeightError
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.rollout.vllm_layout import engine_layouts
+from osft_mcore.weights.alias import choose_aliases, deliveries, delivery_lines
+from osft_mcore.weights.bound import PlanBytes, missing_elements, plan_bytes
+from osft_mcore.weights.plan import make_plan
+from osft_mcore.weights.sides import check_sides
+
+GIB = 2**30
+ACTOR_TP: Final = (1, 2, 3, 4, 6, 8)
+ACTOR_PP: Final = (1, 2, 3, 4)
+ACTOR_VPP: Final = (1, 2)
+ROLLOUT_TP: Final = (1, 2, 4, 8)
+
+
+def alias_forbidden(sync: SyncConfig, rollout: RolloutConfig) -> str:
+    """Why the engine may read no memory of the actor's; empty if it may."""
+    if sync.mode in ("copy", "reload"):
+        return f"sync.mode={sync.mode}"
+    return "" if rollout.enforce_eager else "rollout.enforce_eager=false fixes where weights lie"
+
+
+def weight_lines(config: RunConfig, shape: ModelShape, topology: Topology) -> list[str]:
+    """What a push will share, copy and receive, for people.
+
+    Raises ConfigError if sync.mode cannot be had with these layouts.
+    """
+    sources = actor_layouts(
+        shape, topology, vocab_multiple=config.model.vocab_multiple, transformer_engine=False
+    )
+    targets = engine_layouts(shape, topology)
+    forbidden = alias_forbidden(config.sync, config.rollout)
+    try:
+        aliases = choose_aliases(config.sync.mode, sources, targets, forbidden=forbidden)
+    except WeightError as error:
+        raise ConfigError(str(error).splitlines()) from error
+    itemsize = 2 if config.model.dtype == "bf16" else 4
+    least = {rank: count * itemsize for rank, count in missing_elements(sources, targets).items()}
+    return [
+        *delivery_lines(deliveries(sources, targets, aliases, forbidden=forbidden)),
+        f"each push must receive {sum(least.values()) / GIB:.3f} GiB over all ranks, at most "
+        f"{max(least.values()) / GIB:.3f} GiB on one",
+    ]
+
+
+def push_bytes(
+    shape: ModelShape, topology: Topology, *, vocab_multiple: int, itemsize: int
+) -> PlanBytes:
+    """What one push moves, rank by rank, against the lower bound; nothing shared.
+
+    Raises ConfigError if the sizes make no world, WeightError if the model cannot be cut so.
+    """
+    if min(*astuple(topology), vocab_multiple) < 1 or topology.world_size % topology.rollout_tp:
+        raise ConfigError(
+            f"rollout tp {topology.rollout_tp} must divide the world of tp * pp * dp = "
+            f"{topology.world_size} ranks, and every size must be at least 1"
+        )
+    sources = actor_layouts(
+        shape, topology, vocab_multiple=vocab_multiple, transformer_engine=False
+    )
+    targets = engine_layouts(shape, topology)
+    check_sides(sources, targets)
+    return plan_bytes(make_plan(sources, targets), sources, targets, itemsize=itemsize)
+
+
+def layout_pairs(shape: ModelShape) -> Iterator[Topology]:
+    """Every pair of usual layouts that the model can have, on as few ranks as hold both."""
+    for tp, pp, vpp, rollout_tp in product(ACTOR_TP, ACTOR_PP, ACTOR_VPP, ROLLOUT_TP):
+        sizes = ("parallel.tp", tp), ("rollout.tp", rollout_tp)
+        fits = not any(problem for at in sizes for problem in tensor_parallel_problems(*at, shape))
+        if fits and pp * vpp <= shape.num_layers and (vpp == 1 or pp > 1):
+            dp = rollout_tp // math.gcd(rollout_tp, tp * pp)
+            yield Topology(tp=tp, pp=pp, vpp=vpp, dp=dp, rollout_tp=rollout_tp)

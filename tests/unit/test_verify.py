@@ -1,0 +1,118 @@
+"""Digests tell every change of what they look at, wherever it is."""
+
+import pytest
+import torch
+from bridge import CPU, actor_side, engine_side
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import materialise, model, random_checkpoint
+
+from osft_mcore.errors import WeightError
+from osft_mcore.weights.execute import execute
+from osft_mcore.weights.plan import make_plan
+from osft_mcore.weights.schedule import make_schedule
+from osft_mcore.weights.sides import check_sides
+from osft_mcore.weights.verify import CHUNK_ELEMENTS, Grid, check_delivered, digest, make_audit
+
+ALL = Grid(first_row=0, row_step=1, first_column=0, column_step=1)
+SHAPE = model("qwen3", kv_heads=2, tied=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 12),
+    across=st.integers(0, 9),
+    dim=st.integers(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    data=st.data(),
+)
+def test_one_changed_element_or_two_swapped_ones_change_the_digest(
+    rows: int, across: int, dim: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """`across` 0: a vector."""
+    generator = torch.Generator().manual_seed(rows * 100 + across)
+    size = (rows,) if not across else (rows, across) if dim == 0 else (across, rows)
+    dim = dim if across else 0
+    values = torch.randn(size, generator=generator).to(dtype)
+    before = digest(values, dim, ALL)
+    assert before == digest(values.clone(), dim, ALL)
+    at = data.draw(st.integers(0, values.numel() - 1))
+    other = data.draw(st.integers(0, values.numel() - 1))
+    changed = values.clone()
+    changed.view(-1)[at] += 1
+    assert digest(changed, dim, ALL) != before
+    swapped = values.clone()
+    swapped.view(-1)[[at, other]] = swapped.view(-1)[[other, at]]
+    assert (digest(swapped, dim, ALL) == before) == torch.equal(swapped, values)
+
+
+def test_a_digest_does_not_depend_on_strides_or_chunks() -> None:
+    values = torch.randn(3, CHUNK_ELEMENTS // 2)
+    assert digest(values.t().contiguous().t(), 0, ALL) == digest(values, 0, ALL)
+    assert digest(values.t(), 1, ALL) == digest(values, 0, ALL)
+    rolled = values.roll(1, dims=0)
+    assert digest(rolled, 0, ALL) != digest(values, 0, ALL)
+
+
+def delivered(bucket_bytes: int) -> tuple:
+    """One rank, tp 1 -> tp 1, after a transfer: audit, sources, targets."""
+    sources, targets = actor_side(SHAPE, tp=1, world=1), engine_side(SHAPE, tp=1, world=1)
+    checkpoint = random_checkpoint(SHAPE)
+    plan = make_plan(sources, targets)
+    schedule = make_schedule(plan, 0, dtype=torch.float32, bucket_bytes=bucket_bytes)
+    held = {name: materialise(at, checkpoint) for name, at in sources[0].items()}
+    filled = {name: torch.full(at.shape, torch.nan) for name, at in targets[0].items()}
+    execute(schedule, held, filled, group=None)
+    return make_audit(plan, schedule), held, filled
+
+
+def check(audit: object, held: dict, filled: dict, verify: str, turn: int) -> str:
+    try:
+        check_delivered(
+            audit,
+            held,
+            filled,
+            verify=verify,
+            turn=turn,
+            group=None,
+            device=CPU,  # type: ignore[arg-type]
+        )
+    except WeightError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("verify", ["sample", "full"])
+def test_every_parameter_that_differs_is_named(verify: str) -> None:
+    audit, held, filled = delivered(4096)
+    assert check(audit, held, filled, verify, 1) == ""
+    for name, param in filled.items():
+        before = param.clone()
+        param += 1
+        assert f"of {name!r} are not what rank 0 holds as" in check(audit, held, filled, verify, 1)
+        param.copy_(before)
+    assert check(audit, held, filled, "off", 1) == ""
+
+
+def test_a_sample_sees_every_element_in_some_turn() -> None:
+    audit, held, filled = delivered(4096)
+    name = "model.layers.1.mlp.down_proj.weight"
+    filled[name][5, 7] += 1
+    assert name in check(audit, held, filled, "full", 0)
+    assert any(name in check(audit, held, filled, "sample", turn) for turn in range(64))
+
+
+def test_padding_that_is_not_zero_is_named() -> None:
+    audit, held, filled = delivered(4096)
+    filled["model.embed_tokens.weight"][SHAPE.vocab + 2, 3] = 1e-30
+    message = "rank 0: padding rows 101:128 of 'model.embed_tokens.weight' are not zero"
+    assert check(audit, held, filled, "sample", 0).startswith(message)
+
+
+def test_sides_that_fit_pass() -> None:
+    for tp, pp, engine_tp in ((1, 1, 2), (2, 2, 4), (4, 1, 1), (1, 3, 2)):
+        world = tp * pp * engine_tp
+        check_sides(
+            actor_side(SHAPE, tp=tp, pp=pp, world=world),
+            engine_side(SHAPE, tp=engine_tp, world=world),
+        )
