@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,7 +52,8 @@ def execute(
     """Fill `target_params` as planned. Collective over `group` (None: nothing is remote).
 
     Ranks of the plan are global ranks. Messages travel in the sources' dtype; a target of another
-    dtype is cast on arrival. Aliases are left alone. Extra memory is schedule.buffer_bytes.
+    dtype is cast on arrival. Aliases are left alone. Extra memory is at most
+    schedule.buffer_bytes: rows that lie in one run travel without a buffer.
     Raises WeightError on every rank, before anything is written, if on any rank a parameter is
     missing, unknown, or of another shape or dtype than planned, or the caller brings `problems`;
     and if another rank is lost.
@@ -70,16 +70,14 @@ def execute(
         problems.append("it has remote copies but was given no process group")
     agree([f"rank {schedule.rank}: {problem}" for problem in problems], group, device)
 
+    buffers = _buffers(schedule, source_params, target_params, device)
     phases = Phases(device)
-    buffers = [
-        torch.empty(schedule.buffer_elements, dtype=schedule.dtype, device=device)
-        for _ in range(schedule.num_buffers)
-    ]
     under_way: InFlight | None = None
     for index, turn in enumerate(schedule.rounds):
         assert group is not None, "remote copies without a group were refused above"
         with phases("pack"):
-            sends, receives = _pack(turn, buffers[index % NUM_BUFFERS], source_params)
+            buffer = buffers[index % NUM_BUFFERS]
+            sends, receives = _pack(turn, buffer, source_params, target_params)
         posted = post(sends, receives, group)
         if under_way is None:
             _write_local(schedule, source_params, target_params, phases)
@@ -90,7 +88,8 @@ def execute(
         _write_local(schedule, source_params, target_params, phases)
     else:
         _arrive(schedule.rounds[-1], under_way, target_params, phases)
-    return _report(schedule, phases)
+    peak = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+    return _report(schedule, phases, peak)
 
 
 def combined(reports: Sequence[TransferReport]) -> TransferReport:
@@ -147,21 +146,61 @@ def _write_local(
             copy_rows(target_params[copy.dst_param], copy, source_params[copy.src_param])
 
 
-def _pack(
-    turn: Round, buffer: Tensor, source_params: Mapping[str, Tensor]
-) -> tuple[list[Parcel], list[Parcel]]:
-    """The round's parcels in one buffer, those to send filled."""
-    messages = (*turn.sends, *turn.receives)
-    starts = accumulate((message.num_elements for message in messages), initial=0)
-    parcels = [
-        Parcel(peer=m.peer, buffer=buffer[at : at + m.num_elements], content=_content(m))
-        for at, m in zip(starts, messages, strict=False)
+def _buffers(
+    schedule: RankSchedule,
+    source_params: Mapping[str, Tensor],
+    target_params: Mapping[str, Tensor],
+    device: torch.device,
+) -> list[Tensor]:
+    """As large as the largest round needs: most rows travel from and to where they lie."""
+    staged = [
+        sum(
+            message.num_elements
+            for messages, params in ((turn.sends, source_params), (turn.receives, target_params))
+            for message in messages
+            if _in_place(message, params, schedule.dtype) is None
+        )
+        for turn in schedule.rounds
     ]
-    sends, receives = parcels[: len(turn.sends)], parcels[len(turn.sends) :]
-    for message, parcel in zip(turn.sends, sends, strict=True):
-        for piece in message.pieces:
-            rows, packed = _views(source_params[piece.param], parcel.buffer, piece)
-            packed.copy_(rows)
+    return [
+        torch.empty(max(staged), dtype=schedule.dtype, device=device)
+        for _ in range(schedule.num_buffers)
+    ]
+
+
+def _in_place(message: Message, params: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | None:
+    """The message's rows where they lie in the parameter, if they can travel from or to there."""
+    first, *others = message.pieces
+    rows = params[first.param].narrow(first.dim, first.start, first.length)
+    if others or rows.dtype != dtype or not rows.is_contiguous():
+        return None
+    return rows.view(-1)
+
+
+def _pack(
+    turn: Round,
+    buffer: Tensor,
+    source_params: Mapping[str, Tensor],
+    target_params: Mapping[str, Tensor],
+) -> tuple[list[Parcel], list[Parcel]]:
+    """The round's parcels, to send and to receive; those that need it in the buffer."""
+    taken = 0
+
+    def parcel(message: Message, params: Mapping[str, Tensor]) -> Parcel:
+        nonlocal taken
+        run = _in_place(message, params, buffer.dtype)
+        staged = run is None
+        if run is None:
+            run = buffer[taken : taken + message.num_elements]
+            taken += message.num_elements
+        return Parcel(peer=message.peer, buffer=run, staged=staged, content=_content(message))
+
+    sends = [parcel(message, source_params) for message in turn.sends]
+    receives = [parcel(message, target_params) for message in turn.receives]
+    for message, packed in zip(turn.sends, sends, strict=True):
+        for piece in message.pieces if packed.staged else ():
+            rows, part = _views(source_params[piece.param], packed.buffer, piece)
+            part.copy_(rows)
     return sends, receives
 
 
@@ -171,10 +210,10 @@ def _arrive(
     with phases("transfer"):
         under_way.wait()
     with phases("write"):
-        for message, parcel in zip(turn.receives, under_way.receives, strict=True):
-            for piece in message.pieces:
-                rows, packed = _views(target_params[piece.param], parcel.buffer, piece)
-                rows.copy_(packed)
+        for message, packed in zip(turn.receives, under_way.receives, strict=True):
+            for piece in message.pieces if packed.staged else ():
+                rows, part = _views(target_params[piece.param], packed.buffer, piece)
+                rows.copy_(part)
 
 
 def _content(message: Message) -> str:
@@ -195,7 +234,7 @@ def _device(*sides: Mapping[str, Tensor]) -> torch.device:
     return torch.device("cpu")
 
 
-def _report(schedule: RankSchedule, phases: Phases) -> TransferReport:
+def _report(schedule: RankSchedule, phases: Phases, peak_extra_bytes: int) -> TransferReport:
     def total(messages: tuple[Message, ...]) -> int:
         return sum(message.num_elements for message in messages) * schedule.dtype.itemsize
 
@@ -205,7 +244,7 @@ def _report(schedule: RankSchedule, phases: Phases) -> TransferReport:
         bytes_local=sum(copy.num_elements for copy in schedule.local) * schedule.dtype.itemsize,
         num_messages=sum(len(turn.sends) + len(turn.receives) for turn in schedule.rounds),
         num_rounds=len(schedule.rounds),
-        peak_extra_bytes=schedule.buffer_bytes,
+        peak_extra_bytes=peak_extra_bytes,
         pack_s=phases.seconds("pack"),
         transfer_s=phases.seconds("transfer"),
         write_s=phases.seconds("write"),

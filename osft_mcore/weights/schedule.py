@@ -12,8 +12,14 @@ from osft_mcore.weights.plan import Copy, Padding, ReshardPlan, Shapes
 
 NUM_BUFFERS = 2
 """One round is packed, or unpacked, while another is under way."""
+SOLO_BYTES = 2**17
+"""A piece of this size is a message of its own: if its rows lie in one run, it needs no buffer."""
 PIECES_PER_BUCKET = 4
 """A copy is split to at most this share of a round, so that peers are served side by side."""
+
+
+_Part = tuple[Copy, int, int]
+"""A remote copy, its first row that moves, and how many rows move."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +36,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What one pair of ranks exchanges in one round, as one flat run of elements."""
+    """One flat run of elements from one rank to another."""
 
     peer: int
     num_elements: int
@@ -39,7 +45,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """Messages in flight together; together at most a buffer."""
+    """Messages in flight together; together at most a buffer. Both ends list them alike."""
 
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
@@ -74,7 +80,7 @@ class RankSchedule:
 
     @property
     def buffer_bytes(self) -> int:
-        """The whole extra memory of a transfer."""
+        """The most extra memory that a transfer takes."""
         return self.num_buffers * self.buffer_elements * self.dtype.itemsize
 
 
@@ -88,7 +94,8 @@ def make_schedule(
     """
     cap = bucket_bytes // NUM_BUFFERS // dtype.itemsize
     rounds = _assign_rounds(_split(plan.copies, cap), cap)
-    mine = [_round(copies, rank) for copies in rounds]
+    solo = SOLO_BYTES // dtype.itemsize
+    mine = [_round(copies, rank, solo) for copies in rounds]
     busy = tuple(r for r in mine if r.sends or r.receives)
     return RankSchedule(
         rank=rank,
@@ -105,9 +112,9 @@ def make_schedule(
     )
 
 
-def _split(copies: Sequence[Copy], cap: int) -> list[tuple[Copy, int, int]]:
+def _split(copies: Sequence[Copy], cap: int) -> list[_Part]:
     """Remote copies as (copy, first row, rows) within the cap, serving all pairs in turn."""
-    queues: dict[tuple[int, int], list[tuple[Copy, int, int]]] = defaultdict(list)
+    queues: dict[tuple[int, int], list[_Part]] = defaultdict(list)
     for copy in copies:
         if copy.src_rank == copy.dst_rank:
             continue
@@ -130,11 +137,9 @@ def _split(copies: Sequence[Copy], cap: int) -> list[tuple[Copy, int, int]]:
     return [piece for *_, piece in turns]
 
 
-def _assign_rounds(
-    pieces: Sequence[tuple[Copy, int, int]], cap: int
-) -> list[list[tuple[Copy, int, int]]]:
+def _assign_rounds(pieces: Sequence[_Part], cap: int) -> list[list[_Part]]:
     """Put each piece into the first round where both of its ranks have room."""
-    rounds: list[list[tuple[Copy, int, int]]] = []
+    rounds: list[list[_Part]] = []
     room: list[dict[int, int]] = []
     first_open: dict[int, int] = defaultdict(int)
     for piece in pieces:
@@ -159,36 +164,51 @@ def _assign_rounds(
     return rounds
 
 
-def _round(pieces: Sequence[tuple[Copy, int, int]], rank: int) -> Round:
+def _round(parts: Sequence[_Part], rank: int, solo: int) -> Round:
     """The messages of one rank in one round, by peer; both ends list pieces in the same order."""
-    sends: dict[int, list[tuple[Copy, int, int]]] = defaultdict(list)
-    receives: dict[int, list[tuple[Copy, int, int]]] = defaultdict(list)
-    for piece in pieces:
-        if piece[0].src_rank == rank:
-            sends[piece[0].dst_rank].append(piece)
-        elif piece[0].dst_rank == rank:
-            receives[piece[0].src_rank].append(piece)
-    return Round(sends=_messages(sends, sending=True), receives=_messages(receives, sending=False))
+    sends: dict[int, list[_Part]] = defaultdict(list)
+    receives: dict[int, list[_Part]] = defaultdict(list)
+    for part in parts:
+        if part[0].src_rank == rank:
+            sends[part[0].dst_rank].append(part)
+        elif part[0].dst_rank == rank:
+            receives[part[0].src_rank].append(part)
+    return Round(
+        sends=_messages(sends, solo, sending=True),
+        receives=_messages(receives, solo, sending=False),
+    )
 
 
 def _messages(
-    by_peer: Mapping[int, Sequence[tuple[Copy, int, int]]], *, sending: bool
+    by_peer: Mapping[int, Sequence[_Part]], solo: int, *, sending: bool
 ) -> tuple[Message, ...]:
+    """Per peer the small pieces in one message, then each of `solo` elements or more in its own."""
     messages = []
     for peer in sorted(by_peer):
-        sizes = [length * copy.row_elements for copy, _, length in by_peer[peer]]
-        pieces = tuple(
-            Piece(
-                param=copy.src_param if sending else copy.dst_param,
-                dim=copy.dim,
-                start=first + (copy.src_start if sending else copy.dst_start),
-                length=length,
-                offset=offset,
-                num_elements=size,
-            )
-            for (copy, first, length), size, offset in zip(
-                by_peer[peer], sizes, accumulate(sizes, initial=0), strict=False
-            )
-        )
-        messages.append(Message(peer=peer, num_elements=sum(sizes), pieces=pieces))
+        small = [part for part in by_peer[peer] if _num_elements(part) < solo]
+        large = [[part] for part in by_peer[peer] if _num_elements(part) >= solo]
+        messages += [_message(peer, parts, sending) for parts in (small, *large) if parts]
     return tuple(messages)
+
+
+def _message(peer: int, parts: Sequence[_Part], sending: bool) -> Message:
+    sizes = [_num_elements(part) for part in parts]
+    pieces = tuple(
+        Piece(
+            param=copy.src_param if sending else copy.dst_param,
+            dim=copy.dim,
+            start=first + (copy.src_start if sending else copy.dst_start),
+            length=length,
+            offset=offset,
+            num_elements=size,
+        )
+        for (copy, first, length), size, offset in zip(
+            parts, sizes, accumulate(sizes, initial=0), strict=False
+        )
+    )
+    return Message(peer=peer, num_elements=sum(sizes), pieces=pieces)
+
+
+def _num_elements(part: _Part) -> int:
+    copy, _, length = part
+    return length * copy.row_elements

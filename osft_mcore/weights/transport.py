@@ -19,6 +19,8 @@ class Parcel:
 
     peer: int
     buffer: Tensor
+    staged: bool
+    """False: the buffer is where the content comes from, or belongs."""
     content: str
     """For messages."""
 

@@ -7,6 +7,7 @@ from ranks import run_ranks
 
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.errors import WeightError
+from osft_mcore.weights import schedule as schedules
 from osft_mcore.weights.execute import TransferReport, execute
 from osft_mcore.weights.layout import Layout, Layouts
 from osft_mcore.weights.params import hf_layouts, megatron_layouts, vllm_layouts
@@ -52,8 +53,10 @@ def transfer(
     bucket_bytes: int,
     members: list[int] | None = None,
     target_dtype: torch.dtype = torch.float32,
+    solo_bytes: int = schedules.SOLO_BYTES,
 ) -> TransferReport | None:
     """Run one transfer and hold every target against the checkpoint it should now contain."""
+    schedules.SOLO_BYTES = solo_bytes
     group = dist.new_group(members) if members else dist.group.WORLD
     if members and rank not in members:
         dist.barrier()  # rank 0 keeps the rendezvous store, so it leaves last
@@ -90,20 +93,32 @@ def test_four_ranks_with_tensors_larger_than_the_bucket() -> None:
     world = [0, 1, 2, 3]
     bucket = 4096
     assert shape.ffn * shape.hidden * ITEM > bucket
+    spared = 0
     for tp, pp, rollout_tp in ((2, 2, 2), (2, 2, 4), (4, 1, 2), (1, 2, 4), (4, 1, 1)):
-        reports = run_ranks(
-            transfer,
-            4,
-            shape=shape,
-            sources=actor_side(shape, tp, pp, world),
-            targets=rollout_side(shape, rollout_tp, world),
-            bucket_bytes=bucket,
+        staged, in_place = (
+            run_ranks(
+                transfer,
+                4,
+                shape=shape,
+                sources=actor_side(shape, tp, pp, world),
+                targets=rollout_side(shape, rollout_tp, world),
+                bucket_bytes=bucket,
+                solo_bytes=solo_bytes,
+            )
+            for solo_bytes in (bucket, 256)
         )
+        for some, none in zip(staged, in_place, strict=True):
+            assert (some.bytes_sent, some.bytes_received) == (none.bytes_sent, none.bytes_received)
+            assert none.num_messages > some.num_messages
+            assert none.peak_extra_bytes <= some.peak_extra_bytes
+            spared += some.peak_extra_bytes - none.peak_extra_bytes
+        reports = staged
         moved = sum(report.bytes_sent for report in reports)
         assert moved == sum(report.bytes_received for report in reports)
         # The layouts differ, so the network was used, and in more than one bucket.
         assert moved > bucket
         assert max(report.num_rounds for report in reports) > 1
+    assert spared > 0
 
 
 def test_two_ranks_of_every_family_there_and_back() -> None:
@@ -126,6 +141,7 @@ def test_export_to_one_rank_and_cast_on_arrival() -> None:
         targets={0: hf_layouts(shape)},
         bucket_bytes=10_000,
         target_dtype=torch.bfloat16,
+        solo_bytes=256,
     )
 
 

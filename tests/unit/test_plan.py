@@ -16,6 +16,7 @@ from osft_mcore.errors import WeightError
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.rollout.vllm_layout import engine_layouts
 from osft_mcore.train.weight_plan import layout_pairs
+from osft_mcore.weights import schedule as schedules
 from osft_mcore.weights.bound import missing_elements, plan_bytes
 from osft_mcore.weights.layout import Interval, Layout, Layouts
 from osft_mcore.weights.params import hf_layouts, megatron_layouts, vllm_layouts
@@ -155,20 +156,30 @@ def test_nothing_moves_that_its_rank_already_holds(both: tuple[Layouts, Layouts]
     assert sum(t.sent for t in traffic.values()) == sum(t.received for t in traffic.values())
 
 
-@given(sides(), st.integers(3, 40))
+@given(sides(), st.integers(3, 40), st.sampled_from([0, 4 * ITEM, schedules.SOLO_BYTES]))
 def test_schedules_move_the_plan_within_the_cap_and_never_wait_for_each_other(
-    both: tuple[Layouts, Layouts], cap: int
+    both: tuple[Layouts, Layouts], cap: int, solo_bytes: int
 ) -> None:
     sources, targets = both
     plan = make_plan(sources, targets)
     ranks = plan.traffic()
-    schedules = {
-        rank: make_schedule(plan, rank, dtype=torch.float32, bucket_bytes=NUM_BUFFERS * cap * ITEM)
-        for rank in ranks
-    }
-    for rank, schedule in schedules.items():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedules, "SOLO_BYTES", solo_bytes)
+        by_rank = {
+            rank: make_schedule(
+                plan, rank, dtype=torch.float32, bucket_bytes=NUM_BUFFERS * cap * ITEM
+            )
+            for rank in ranks
+        }
+    for rank, schedule in by_rank.items():
         assert schedule.buffer_elements <= cap
         messages = [turn.sends for turn in schedule.rounds]
+        assert all(
+            len(message.pieces) == 1 or piece.num_elements * ITEM < solo_bytes
+            for sends in messages
+            for message in sends
+            for piece in message.pieces
+        )
         sent = sum(message.num_elements for sends in messages for message in sends)
         assert sent == ranks[rank].sent
         assert sum(copy.num_elements for copy in schedule.local) == ranks[rank].local
@@ -178,7 +189,7 @@ def test_schedules_move_the_plan_within_the_cap_and_never_wait_for_each_other(
         if c.src_rank != c.dst_rank
         for i in range(c.length)
     }
-    pairs = matched(schedules)
+    pairs = matched(by_rank)
     arrived = Counter(
         (src, one.param, one.start + i, dst, other.param, other.start + i)
         for (src, dst), matches in pairs.items()
@@ -187,7 +198,7 @@ def test_schedules_move_the_plan_within_the_cap_and_never_wait_for_each_other(
         for i in range(one.length)
     )
     assert arrived == Counter(remote)
-    play(schedules, pairs)
+    play(by_rank, pairs)
 
 
 Matches = dict[tuple[int, int], list[tuple[int, int, Message, Message]]]
