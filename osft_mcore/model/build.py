@@ -79,7 +79,7 @@ def build_chunks(
                 post_process=is_last,
                 share_embeddings_and_output_weights=shape.tied,
                 position_embedding_type="rope",
-                rotary_base=int(shape.rope_theta),
+                rotary_base=shape.rope_theta,
                 rope_scaling=shape.rope_scaling is not None,
                 rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 8.0,
                 vp_stage=chunk,

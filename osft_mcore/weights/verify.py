@@ -1,8 +1,8 @@
 """Proof of a transfer: digests of every copy, computed at its source and at its target."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,10 @@ from osft_mcore.weights.transport import lost_ranks
 
 Verify = Literal["off", "sample", "full"]
 
-SAMPLES_PER_DIM = 64
+SAMPLED_ROWS, SAMPLED_COLUMNS = 32, 16
 """A sample of a copy has about this many rows, and this many elements of each."""
-CHUNK_ELEMENTS = 2**20
-"""A full digest reads this many at a time: its numbers take eight bytes each."""
+BATCH_ELEMENTS = 2**16
+"""Elements that are looked at in one go: their numbers take eight bytes each, several times."""
 MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 """2**64 over the golden ratio, as a signed number: spreads consecutive positions."""
 NUM_SHOWN = 4
@@ -35,6 +35,9 @@ class Grid:
     row_step: int
     first_column: int
     column_step: int
+
+
+EVERYTHING: Final = Grid(first_row=0, row_step=1, first_column=0, column_step=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,21 +82,12 @@ def check_delivered(
     if verify == "off":
         return
     differences = torch.zeros(len(audit.records), dtype=torch.int64, device=device)
-    for at in audit.mine:
-        record = audit.records[at]
-        if isinstance(record, Padding):
-            rows = target_params[record.param].narrow(record.dim, record.start, record.length)
-            differences[at] += rows.count_nonzero()
-            continue
-        grid = _grid(record, verify, turn, audit.piece_elements)
-        if record.src_rank == audit.rank:
-            source = source_params[record.src_param]
-            rows = source.narrow(record.dim, record.src_start, record.length)
-            differences[at] += digest(rows, record.dim, grid)
-        if record.dst_rank == audit.rank:
-            target = target_params[record.dst_param]
-            rows = target.narrow(record.dim, record.dst_start, record.length)
-            differences[at] -= digest(rows, record.dim, grid)
+    looked_at = _looked_at(audit, source_params, target_params, verify, turn)
+    for batch in _batches(looked_at):
+        where = torch.tensor([part.record for part in batch], device=device)
+        signs = torch.tensor([part.sign for part in batch], device=device)
+        numbers = digests([(part.place, part.table) for part in batch])
+        differences.index_add_(0, where, signs * numbers)
     if group is not None:
         # The two digests of a copy may come from two ranks; equal ones add up to zero.
         with lost_ranks("comparing digests"):
@@ -103,22 +97,85 @@ def check_delivered(
         raise WeightError(_message([audit.records[at] for at in wrong]))
 
 
-def digest(rows: Tensor, dim: int, grid: Grid) -> Tensor:
-    """A number (int64, on the tensor's device) that depends on every bit, and place, looked at.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Some of the elements that are looked at in one record."""
 
-    The sum over elements of bits times an odd number made from the place, modulo 2**64.
+    record: int
+    sign: int
+    """Sources add to the record's number, targets take away; padding must not add anything."""
+    place: int
+    """Of the first element, among those of its record."""
+    table: Tensor
+
+
+def digests(parts: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """For each (place of its first element, table) a number that depends on every bit and place.
+
+    The sum over elements of their bits times an odd number made from the place, modulo 2**64.
+    Parts of one table add up. Returns int64 [parts], on the tables' device.
     """
-    table = rows.unsqueeze(1) if rows.dim() == 1 else rows.movedim(dim, 0).flatten(1)
+    sizes = torch.tensor([table.numel() for _, table in parts])
+    firsts = torch.tensor([place for place, _ in parts])
+    elements = torch.cat([table.flatten() for _, table in parts])
+    device = elements.device
+    part = torch.repeat_interleave(torch.arange(len(parts)), sizes).to(device)
+    shifts = (firsts - (sizes.cumsum(0) - sizes)).to(device)
+    odd = (torch.arange(elements.numel(), device=device) + shifts[part]) * MULTIPLIER | 1
+    bits = elements.view(_INTEGERS[elements.element_size()]).to(torch.int64)
+    numbers = torch.zeros(len(parts), dtype=torch.int64, device=device)
+    return numbers.index_add_(0, part, bits * odd)
+
+
+def _looked_at(
+    audit: Audit,
+    source_params: Mapping[str, Tensor],
+    target_params: Mapping[str, Tensor],
+    verify: Verify,
+    turn: int,
+) -> Iterator[_Part]:
+    for at in audit.mine:
+        record = audit.records[at]
+        if isinstance(record, Padding):
+            rows = target_params[record.param].narrow(record.dim, record.start, record.length)
+            yield from _cut(at, 1, rows, record.dim, EVERYTHING)
+            continue
+        grid = _grid(record, verify, turn, audit.piece_elements)
+        if record.src_rank == audit.rank:
+            source = source_params[record.src_param]
+            rows = source.narrow(record.dim, record.src_start, record.length)
+            yield from _cut(at, 1, rows, record.dim, grid)
+        if record.dst_rank == audit.rank:
+            target = target_params[record.dst_param]
+            rows = target.narrow(record.dim, record.dst_start, record.length)
+            yield from _cut(at, -1, rows, record.dim, grid)
+
+
+def _cut(record: int, sign: int, rows: Tensor, dim: int, grid: Grid) -> Iterator[_Part]:
+    """The elements on the grid, in tables of at most a batch (or one row)."""
+    table = rows.unsqueeze(1) if rows.dim() == 1 else rows.transpose(0, dim)
     table = table[grid.first_row :: grid.row_step, grid.first_column :: grid.column_step]
-    total = torch.zeros((), dtype=torch.int64, device=rows.device)
-    step = max(1, CHUNK_ELEMENTS // max(1, table.shape[1]))
+    step = max(1, BATCH_ELEMENTS // table.shape[1])
     for start in range(0, table.shape[0], step):
-        part = table[start : start + step].contiguous()
-        bits = part.view(_INTEGERS[part.element_size()]).flatten().to(torch.int64)
-        first = start * table.shape[1]
-        place = torch.arange(first, first + bits.numel(), device=rows.device)
-        total += (bits * (place.mul_(MULTIPLIER).bitwise_or_(1))).sum()
-    return total
+        yield _Part(
+            record=record,
+            sign=sign,
+            place=start * table.shape[1],
+            table=table[start : start + step],
+        )
+
+
+def _batches(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
+    batch: list[_Part] = []
+    size = 0
+    for part in parts:
+        if batch and size + part.table.numel() > BATCH_ELEMENTS:
+            yield batch
+            batch, size = [], 0
+        batch.append(part)
+        size += part.table.numel()
+    if batch:
+        yield batch
 
 
 def _ends(record: Copy | Padding) -> tuple[int, ...]:
@@ -127,10 +184,10 @@ def _ends(record: Copy | Padding) -> tuple[int, ...]:
 
 def _grid(copy: Copy, verify: Verify, turn: int, piece_elements: int) -> Grid:
     if verify == "full":
-        return Grid(first_row=0, row_step=1, first_column=0, column_step=1)
+        return EVERYTHING
     piece_rows = max(1, piece_elements // copy.row_elements)
-    row_step = max(1, min(copy.length // SAMPLES_PER_DIM, piece_rows))
-    column_step = max(1, copy.row_elements // SAMPLES_PER_DIM)
+    row_step = max(1, min(copy.length // SAMPLED_ROWS, piece_rows))
+    column_step = max(1, copy.row_elements // SAMPLED_COLUMNS)
     return Grid(
         first_row=turn % row_step,
         row_step=row_step,

@@ -77,9 +77,10 @@ class Direct:
         """Write the engine's parameters and prove it. Collective over the group."""
         ends = self._ends
         sources = ends.source_params()
-        ends.target.begin_update()
-        problems = self._share(sources)
         targets = ends.target.begin_update()
+        problems = self._share(sources)
+        if self._aliases:
+            targets = ends.target.begin_update()
         problems += [
             f"target parameter {name!r} is {param.dtype}, the actor's weights are {ends.dtype}"
             for name, param in targets.items()

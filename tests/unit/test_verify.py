@@ -8,50 +8,62 @@ from hypothesis import strategies as st
 from layouts import materialise, model, random_checkpoint
 
 from osft_mcore.errors import WeightError
+from osft_mcore.weights import verify as verify_module
 from osft_mcore.weights.execute import execute
 from osft_mcore.weights.plan import make_plan
 from osft_mcore.weights.schedule import make_schedule
 from osft_mcore.weights.sides import check_sides
-from osft_mcore.weights.verify import CHUNK_ELEMENTS, Grid, check_delivered, digest, make_audit
+from osft_mcore.weights.verify import BATCH_ELEMENTS, check_delivered, digests, make_audit
 
-ALL = Grid(first_row=0, row_step=1, first_column=0, column_step=1)
 SHAPE = model("qwen3", kv_heads=2, tied=True)
+
+
+def digest(table: torch.Tensor) -> int:
+    return int(digests([(0, table)]))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 12),
-    across=st.integers(0, 9),
-    dim=st.integers(0, 1),
+    across=st.integers(1, 9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     data=st.data(),
 )
 def test_one_changed_element_or_two_swapped_ones_change_the_digest(
-    rows: int, across: int, dim: int, dtype: torch.dtype, data: st.DataObject
+    rows: int, across: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """`across` 0: a vector."""
     generator = torch.Generator().manual_seed(rows * 100 + across)
-    size = (rows,) if not across else (rows, across) if dim == 0 else (across, rows)
-    dim = dim if across else 0
-    values = torch.randn(size, generator=generator).to(dtype)
-    before = digest(values, dim, ALL)
-    assert before == digest(values.clone(), dim, ALL)
+    values = torch.randn((rows, across), generator=generator).to(dtype)
+    before = digest(values)
+    assert before == digest(values.t().contiguous().t())
     at = data.draw(st.integers(0, values.numel() - 1))
     other = data.draw(st.integers(0, values.numel() - 1))
     changed = values.clone()
     changed.view(-1)[at] += 1
-    assert digest(changed, dim, ALL) != before
+    assert digest(changed) != before
     swapped = values.clone()
     swapped.view(-1)[[at, other]] = swapped.view(-1)[[other, at]]
-    assert (digest(swapped, dim, ALL) == before) == torch.equal(swapped, values)
+    assert (digest(swapped) == before) == torch.equal(swapped, values)
 
 
-def test_a_digest_does_not_depend_on_strides_or_chunks() -> None:
-    values = torch.randn(3, CHUNK_ELEMENTS // 2)
-    assert digest(values.t().contiguous().t(), 0, ALL) == digest(values, 0, ALL)
-    assert digest(values.t(), 1, ALL) == digest(values, 0, ALL)
-    rolled = values.roll(1, dims=0)
-    assert digest(rolled, 0, ALL) != digest(values, 0, ALL)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(1, 4))
+def test_parts_of_a_table_add_up(lengths: list[int], across: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    parts = [torch.randn((length, across), generator=generator) for length in lengths]
+    starts = [sum(lengths[:i]) * across for i in range(len(lengths))]
+    numbers = digests(list(zip(starts, parts, strict=True)))
+    assert numbers.shape == (len(parts),)
+    assert int(numbers.sum()) == digest(torch.cat(parts))
+
+
+def test_a_full_digest_reads_tables_larger_than_a_batch() -> None:
+    audit, held, filled = delivered(4096)
+    assert max(param.numel() for param in filled.values()) < BATCH_ELEMENTS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify_module, "BATCH_ELEMENTS", 100)
+        assert check(audit, held, filled, "full", 0) == ""
+        filled["model.layers.2.mlp.down_proj.weight"][-1, -1] += 1
+        assert "model.layers.2.mlp.down_proj.weight" in check(audit, held, filled, "full", 0)
 
 
 def delivered(bucket_bytes: int) -> tuple:
