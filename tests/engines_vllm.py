@@ -28,7 +28,7 @@ from osft_mcore.config.schema import (
 from osft_mcore.data.tokenizer import ChatTokenizer
 from osft_mcore.parallel.groups import ParallelContext, join_groups
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.records import Prompt, Response, Sampling
+from osft_mcore.records import Example, Prompt, Response, Sampling
 from osft_mcore.rollout.engine import sample_seed
 from osft_mcore.rollout.vllm_cpu import prepare_environment
 from osft_mcore.rollout.vllm_engine import VllmEngine
@@ -101,6 +101,19 @@ def start_engine(config: RunConfig, context: ParallelContext) -> VllmEngine:
         eos_token_ids=frozenset(EOS_IDS), response_eos_id=EOS_IDS[0], hf_tokenizer=None
     )
     return build_engine(config, context, tokenizer)
+
+
+def examples_of(responses: Sequence[Response]) -> list[Example]:
+    """What the loop would train on."""
+    return [
+        Example(
+            prompt_token_ids=response.prompt.token_ids,
+            response_token_ids=response.token_ids,
+            rollout_logprobs=response.token_logprobs,
+            replica=response.replica,
+        )
+        for response in responses
+    ]
 
 
 def stock_answers(

@@ -28,7 +28,7 @@ class TransferReport:
     pack_s: float
     """Copying rows into buffers."""
     transfer_s: float
-    """Waiting for messages; what is packed and written meanwhile hides a part of it."""
+    """Sending and waiting; what is packed and written meanwhile hides a part of it."""
     write_s: float
     """Copying rows into the targets, from buffers and from this rank's own sources."""
     verify_s: float = 0.0
@@ -78,7 +78,8 @@ def execute(
         with phases("pack"):
             buffer = buffers[index % NUM_BUFFERS]
             sends, receives = _pack(turn, buffer, source_params, target_params)
-        posted = post(sends, receives, group)
+        with phases("transfer"):
+            posted = post(sends, receives, group)
         if under_way is None:
             _write_local(schedule, source_params, target_params, phases)
         else:

@@ -27,7 +27,7 @@ class PushReport:
     seconds: float
     pack_s: float
     transfer_s: float
-    """Waiting for messages; what is packed and written meanwhile hides a part of it."""
+    """Sending and waiting; what is packed and written meanwhile hides a part of it."""
     write_s: float
     verify_s: float
     bytes_received: int

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines_vllm import join, random_prompts, run_config, sampling, start_engine
+from engines_vllm import examples_of, join, random_prompts, run_config, sampling, start_engine
 from models import save_random_model
 from ranks import run_ranks
 
@@ -15,7 +15,7 @@ from osft_mcore.config.check import check
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import SyncConfig, TrainConfig
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.records import Example, Response
+from osft_mcore.records import Response
 from osft_mcore.rollout.vllm_cpu import return_freed_memory
 from osft_mcore.train.osft import build_sync
 from osft_mcore.train.start import build_actor
@@ -73,7 +73,7 @@ def train(_rank: int, folder: Path, mode: str) -> Run:
     for step in range(NUM_STEPS):
         responses = engine.generate(prompts, sampling(0.6, step=step))
         sync.close()
-        updates.append(actor.update(_examples(responses), tau_sample=0.6, lr=1e-3))
+        updates.append(actor.update(examples_of(responses), tau_sample=0.6, lr=1e-3))
         reports.append(sync.push())
         all_responses.append(responses)
     all_responses.append(engine.generate(prompts, sampling(0.0)))
@@ -89,18 +89,6 @@ def train(_rank: int, folder: Path, mode: str) -> Run:
 
 
 NO_SECONDS = dict.fromkeys(("seconds", "pack_s", "transfer_s", "write_s", "verify_s"), 0.0)
-
-
-def _examples(responses: list[Response]) -> list[Example]:
-    return [
-        Example(
-            prompt_token_ids=response.prompt.token_ids,
-            response_token_ids=response.token_ids,
-            rollout_logprobs=response.token_logprobs,
-            replica=response.replica,
-        )
-        for response in responses
-    ]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["two groups a rank", "one group a rank"])

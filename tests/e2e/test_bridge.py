@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from engines_vllm import (
     BLOCK,
+    examples_of,
     join,
     largest,
     largest_difference,
@@ -24,7 +25,7 @@ from osft_mcore.config.check import check
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import SyncConfig, TrainConfig
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.records import Example, Response
+from osft_mcore.records import Response
 from osft_mcore.train.osft import build_sync
 from osft_mcore.train.start import build_actor
 from osft_mcore.weights.alias import Mode
@@ -85,27 +86,15 @@ def push_and_sample(
     trained_on = engine.generate(prompts, ASKED[0])
     pushes = []
     for push in range(NUM_PUSHES):
-        actor.update(_examples(trained_on), tau_sample=1.0, lr=0.02)
+        actor.update(examples_of(trained_on), tau_sample=1.0, lr=0.02)
         sync.push()
         export_hf(actor, out / str(push), max_shard_bytes=2**30, bucket_bytes=2**20)
         responses = [engine.generate(prompts, how) for how in ASKED]
         trained_on = responses[0]
-        agreement = actor.score(_examples(trained_on), tau_sample=1.0).agreement
+        agreement = actor.score(examples_of(trained_on), tau_sample=1.0).agreement
         assert agreement is not None
         pushes.append(Push(responses=responses, actor_difference=agreement.max))
     return pushes
-
-
-def _examples(responses: list[Response]) -> list[Example]:
-    return [
-        Example(
-            prompt_token_ids=response.prompt.token_ids,
-            response_token_ids=response.token_ids,
-            rollout_logprobs=response.token_logprobs,
-            replica=response.replica,
-        )
-        for response in responses
-    ]
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)

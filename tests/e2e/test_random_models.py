@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pytest
 from engines_vllm import (
     BLOCK,
+    examples_of,
     join,
     largest_difference,
     random_prompts,
@@ -25,7 +26,7 @@ from osft_mcore.config.check import check, divisors
 from osft_mcore.config.model_shape import FAMILIES, LLAMA3_ROPE, padded_vocab
 from osft_mcore.config.schema import RunConfig, SyncConfig, TrainConfig
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.records import Example, Prompt, Response
+from osft_mcore.records import Prompt, Response
 from osft_mcore.rollout.vllm_layout import VOCAB_PADDING
 from osft_mcore.train.osft import build_sync
 from osft_mcore.train.start import build_actor
@@ -185,16 +186,7 @@ def push_and_sample(
     actor, engine = build_actor(config, context), start_engine(config, context)
     build_sync(config, actor, engine).push()
     responses = engine.generate(prompts, ASKED)
-    examples = [
-        Example(
-            prompt_token_ids=response.prompt.token_ids,
-            response_token_ids=response.token_ids,
-            rollout_logprobs=response.token_logprobs,
-            replica=response.replica,
-        )
-        for response in responses
-    ]
-    agreement = actor.score(examples, tau_sample=ASKED.temperature).agreement
+    agreement = actor.score(examples_of(responses), tau_sample=ASKED.temperature).agreement
     assert agreement is not None
     return responses, agreement.max
 

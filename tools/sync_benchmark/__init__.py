@@ -1,0 +1,1 @@
+"""The benchmark of the weight push: ours against the usual way, on the real actor and engine."""
