@@ -27,7 +27,7 @@ def main() -> int:
     for name in SIZES:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=1, help="as in osft")
     parser.add_argument("--pairs", action="store_true", help="one line for each usual pair instead")
-    parser.add_argument("--vocab-multiple", type=int, default=128, help="as model.vocab_multiple")
+    parser.add_argument("--vocab-multiple", type=int, default=64, help="as model.vocab_multiple")
     parser.add_argument("--dtype", choices=sorted(ITEMSIZE), default="bf16", help="of the weights")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
 
-from osft_mcore.config.model_shape import FAMILIES, ModelShape, read_model_shape
+from osft_mcore.config.model_shape import FAMILIES, ModelShape, padded_vocab, read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.errors import ConfigError
 
@@ -15,6 +15,8 @@ Phase = Literal["train", "sft"]
 
 CPU_HEAD_DIMS: Final = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """vLLM 0.32.0, v1/attention/backends/cpu_attn.py, get_supported_head_sizes."""
+VOCAB_PADDING: Final = 64
+"""vLLM's DEFAULT_VOCAB_PADDING_SIZE."""
 
 
 def check(
@@ -305,16 +307,29 @@ def _actor_shape(config: RunConfig, shape: ModelShape) -> Iterator[str]:
 
 
 def tensor_parallel_problems(option: str, tp: int, shape: ModelShape) -> Iterator[str]:
-    """What Megatron-Core 0.16.1 (TransformerConfig) and vLLM 0.32.0 both demand of a TP size."""
-    if not _divides(tp, shape.num_heads):
-        yield _does_not_divide(option, tp, "attention heads", shape.num_heads)
-    if not _divides(tp, shape.num_kv_heads) and not _divides(shape.num_kv_heads, tp):
+    """Why Megatron-Core 0.16.1 (parallel.tp) or vLLM 0.32.0 (rollout.tp) cannot cut the model."""
+    near = nearest(tp, [n for n in divisors(shape.num_heads) if not any(_uncut(option, n, shape))])
+    for reason in _uncut(option, tp, shape):
+        yield f"{option}: {tp} {reason}; nearest that work: {_listed(near)}"
+
+
+def _uncut(option: str, tp: int, shape: ModelShape) -> Iterator[str]:
+    heads, kv_heads, ffn = shape.num_heads, shape.num_kv_heads, shape.ffn
+    rows = (heads + 2 * kv_heads) * shape.head_dim
+    vocab = padded_vocab(shape.vocab, multiple=VOCAB_PADDING, tp=1)
+    if not _divides(tp, heads):
+        yield f"does not divide the model's {heads} attention heads"
+    if not _divides(tp, kv_heads) and not _divides(kv_heads, tp):
+        yield f"neither divides nor is a multiple of the model's {kv_heads} key-value heads"
+    elif option == "parallel.tp" and _divides(tp, heads) and not _divides(tp, rows):
         yield (
-            f"{option}: {tp} neither divides nor is a multiple of the model's "
-            f"{shape.num_kv_heads} key-value heads"
+            f"does not divide the model's {rows} rows of query, key and value "
+            f"({heads} + 2 * {kv_heads} heads of {shape.head_dim}), which Megatron-Core cuts evenly"
         )
-    if not _divides(tp, shape.ffn):
-        yield _does_not_divide(option, tp, "feed-forward units", shape.ffn)
+    if not _divides(tp, ffn):
+        yield f"does not divide the model's {ffn} feed-forward units"
+    if option == "rollout.tp" and not _divides(tp, vocab):
+        yield f"does not divide the {vocab} rows to which vLLM pads the vocabulary of {shape.vocab}"
 
 
 def _rollout_shape(config: RunConfig, shape: ModelShape, device: str) -> Iterator[str]:
@@ -376,11 +391,6 @@ def nearest(wanted: int, allowed: Iterable[int]) -> tuple[int, ...]:
 def _divides(part: int, whole: int) -> bool:
     """True also where a size is below 1: that is its own problem, reported once."""
     return part < 1 or whole < 1 or whole % part == 0
-
-
-def _does_not_divide(option: str, size: int, noun: str, count: int) -> str:
-    near = _listed(nearest(size, divisors(count)))
-    return f"{option}: {size} does not divide the model's {count} {noun}; nearest that do: {near}"
 
 
 def _listed(values: Iterable[int]) -> str:

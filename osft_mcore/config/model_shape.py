@@ -1,6 +1,7 @@
 """What a Hugging Face config.json says about a dense decoder, as one plain value."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,8 @@ class ModelShape:
 
 
 def padded_vocab(vocab: int, *, multiple: int, tp: int) -> int:
-    """Vocabulary rows of the actor, padding included."""
-    step = multiple * tp
+    """Vocabulary rows of the actor, padding included: a multiple of both."""
+    step = math.lcm(multiple, tp)
     return -(-vocab // step) * step
 
 

@@ -17,8 +17,9 @@ class ModelConfig:
     """`random` needs only config.json and the tokenizer; weights come from `seed`."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype of actor and rollout; the optimizer always keeps fp32 copies."""
-    vocab_multiple: int = 128
-    """The vocabulary is padded to a multiple of this times parallel.tp (as Megatron-LM does)."""
+    vocab_multiple: int = 64
+    """The actor's vocabulary is padded to a multiple of this and of parallel.tp. 64 is what vLLM
+    does, so that the two can share the embedding."""
 
 
 @with_config(extra="forbid")
@@ -192,15 +193,16 @@ class SyncConfig:
     """The weight bridge and the agreement gate."""
 
     mode: Literal["auto", "alias", "copy", "reload"] = "auto"
-    """How weights reach the engine. `alias`: the engine reads the actor's own memory wherever both
-    lay a parameter out alike, an error if only few are. `copy`: into memory of its own. `auto`:
-    per parameter the better of the two. `reload`: through vLLM's own loader, for engines that
-    repack weights."""
+    """How weights reach the engine. `copy`: into memory of its own. `alias`: it reads the actor's
+    memory; an error if more than reordered attention weights would have to be copied. `auto`: per
+    parameter `alias` where it can be, else `copy`. `reload`: through vLLM's own loader, for engines
+    that repack weights."""
     verify: Literal["off", "sample", "full"] = "sample"
     """Compare digests of both sides after every push: of some elements of every copy (other ones
     each time), or of all."""
     bucket_mib: int = 256
-    """Extra memory of a push, per rank; larger tensors are sent in parts."""
+    """Buffers of a push, per rank; larger tensors are sent in parts. `reload` also needs room for
+    the largest tensor whole, and for what vLLM holds of one layer."""
     max_logprob_diff: float | None = None
     """Stop when any token's log-probability differs by more. None: 1e-3 (fp32), 2.0 (bf16)."""
     mean_logprob_diff: float | None = None

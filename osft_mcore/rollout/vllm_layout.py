@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 
+from osft_mcore.config.check import VOCAB_PADDING
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.weights.layout import Layout
 from osft_mcore.weights.params import vllm_layouts
-
-VOCAB_PADDING = 64
-"""vLLM's DEFAULT_VOCAB_PADDING_SIZE."""
 
 
 def engine_layouts(shape: ModelShape, topology: Topology) -> dict[int, Mapping[str, Layout]]:

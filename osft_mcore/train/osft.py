@@ -23,7 +23,7 @@ from osft_mcore.train.summary import print_summary, summarise
 from osft_mcore.train.weight_plan import alias_forbidden
 from osft_mcore.weights.alias import delivery_lines
 from osft_mcore.weights.params import hf_layouts
-from osft_mcore.weights.sync import WeightSync
+from osft_mcore.weights.sync import PushReport, WeightSync
 from osft_mcore.weights.ways import Ends
 
 
@@ -68,7 +68,7 @@ def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> N
             decode=tokenizer.decode,
         )
         with clock("sync"):
-            sync.push()
+            _say_push(console, sync.push())
         start = loop.score_start()
         clock.flush()
         loop.fit()
@@ -83,6 +83,17 @@ def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> N
 def _say_deliveries(console: Console, sync: WeightSync) -> None:
     for line in delivery_lines(sync.deliveries):
         console.say(f"weights to vLLM: {line}")
+
+
+def _say_push(console: Console, push: PushReport) -> None:
+    sizes = (push.bytes_received, push.bytes_least, push.bytes_local, push.bytes_aliased)
+    received, least, local, aliased, buffers = (
+        f"{size / 2**20:.1f} MiB" for size in (*sizes, push.peak_extra_bytes)
+    )
+    console.say(
+        f"first push: {push.seconds:.2f} s; received {received} (the least possible: {least}), "
+        f"copied {local} within ranks, shared {aliased}; buffers {buffers}"
+    )
 
 
 def build_grader(config: RunConfig) -> Grader:

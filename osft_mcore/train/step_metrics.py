@@ -46,6 +46,7 @@ def push_metrics(push: PushReport) -> dict[str, float]:
     """Where the time of a weight push went, and what it moved against the least it could."""
     return {
         "sync/weight_version": float(push.version),
+        "time/sync_push_s": push.seconds,
         "time/sync_pack_s": push.pack_s,
         "time/sync_transfer_s": push.transfer_s,
         "time/sync_write_s": push.write_s,

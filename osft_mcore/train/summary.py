@@ -8,6 +8,7 @@ from osft_mcore.evaluation.evaluator import Evaluation, gain_ci
 from osft_mcore.log.console import Console
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.loop import OsftLoop
+from osft_mcore.weights.alias import delivery_lines
 
 
 def summarise(
@@ -30,6 +31,7 @@ def summarise(
         },
         "rollout_layout": {"tp": topology.rollout_tp, "replicas": topology.num_replicas},
         "weight_version": loop.sync.version,
+        "weights_to_vllm": delivery_lines(loop.sync.deliveries),
     }
     if loop.folder.writer:
         history = (loop.folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,7 @@
 """How a config's weights will reach the engine, known before anything is built."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple
 from itertools import product
 from typing import Final
@@ -15,10 +15,11 @@ from osft_mcore.parallel.topology import Topology
 from osft_mcore.rollout.vllm_layout import engine_layouts
 from osft_mcore.weights.alias import choose_aliases, deliveries, delivery_lines
 from osft_mcore.weights.bound import PlanBytes, missing_elements, plan_bytes
+from osft_mcore.weights.params import hf_layouts
 from osft_mcore.weights.plan import make_plan
 from osft_mcore.weights.sides import check_sides
 
-GIB = 2**30
+MIB = 2**20
 ACTOR_TP: Final = (1, 2, 3, 4, 6, 8)
 ACTOR_PP: Final = (1, 2, 3, 4)
 ACTOR_VPP: Final = (1, 2)
@@ -46,13 +47,21 @@ def weight_lines(config: RunConfig, shape: ModelShape, topology: Topology) -> li
         aliases = choose_aliases(config.sync.mode, sources, targets, forbidden=forbidden)
     except WeightError as error:
         raise ConfigError(str(error).splitlines()) from error
+    lines = delivery_lines(deliveries(sources, targets, aliases, forbidden=forbidden))
+    least = missing_elements(sources, targets)
+    if config.sync.mode == "reload":
+        whole = hf_layouts(shape)
+        streamed = missing_elements(sources, dict.fromkeys(targets, whole))
+        lines += [_received("every rank gets every tensor: a push", config, streamed)]
+        return [*lines, _received("without reload it would", config, least)]
+    return [*lines, _received("a push", config, least)]
+
+
+def _received(subject: str, config: RunConfig, elements: Mapping[int, int]) -> str:
     itemsize = 2 if config.model.dtype == "bf16" else 4
-    least = {rank: count * itemsize for rank, count in missing_elements(sources, targets).items()}
-    return [
-        *delivery_lines(deliveries(sources, targets, aliases, forbidden=forbidden)),
-        f"each push must receive {sum(least.values()) / GIB:.3f} GiB over all ranks, at most "
-        f"{max(least.values()) / GIB:.3f} GiB on one",
-    ]
+    total, largest = (n * itemsize / MIB for n in (sum(elements.values()), max(elements.values())))
+    verb = "receive" if subject.endswith("would") else "receives"
+    return f"{subject} {verb} {total:.1f} MiB over all ranks, {largest:.1f} MiB on the busiest"
 
 
 def push_bytes(

@@ -1,13 +1,14 @@
 """Which target parameters may be a rank's own source parameters, and why the others may not."""
 
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from osft_mcore.errors import WeightError
 from osft_mcore.weights.layout import Layout, Layouts, merged
+from osft_mcore.weights.params import EMBEDDING, OUTPUT
 
 Mode = Literal["auto", "alias", "copy", "reload"]
 OTHER_ORDER: Final = "the engine keeps the same rows in another order"
@@ -24,16 +25,19 @@ class Alias:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """How the parameters of one kind (the same name but for the layer) reach their targets."""
+    """How parameters of one kind (the same name but for the layer) reach their targets."""
 
     kind: str
-    num_aliased: int
-    num_copied: int
-    """Parameters, over all ranks."""
-    elements_aliased: int
-    elements_copied: int
     reason: str
-    """Why those that are copied are; empty if none is."""
+    """Why they are copied; empty: they are aliased."""
+    num_parameters: int
+    """Over all ranks."""
+    elements: int
+
+    @property
+    def aliased(self) -> bool:
+        """True if nothing is copied."""
+        return not self.reason
 
 
 def choose_aliases(
@@ -56,8 +60,8 @@ def choose_aliases(
                 "\n".join(
                     [
                         "sync.mode: alias needs actor and engine to lay parameters out alike, but "
-                        "these would have to be copied; choose auto, or matching sizes "
-                        "(parallel.tp = rollout.tp, parallel.pp = 1):",
+                        "these would have to be copied; choose auto, or make them match "
+                        "(parallel.tp = rollout.tp, parallel.pp = 1, model.vocab_multiple = 64):",
                         *problems,
                     ]
                 )
@@ -83,53 +87,41 @@ def find_aliases(sources: Layouts, targets: Layouts) -> tuple[Alias, ...]:
 def deliveries(
     sources: Layouts, targets: Layouts, aliases: tuple[Alias, ...], *, forbidden: str
 ) -> tuple[Delivery, ...]:
-    """One entry per kind of target parameter, in the targets' order.
+    """One entry per kind of target parameter and reason, in the targets' order.
 
     `forbidden`: why no alias may be at all, for example because the user chose to copy; if it is
     empty, the reason is looked for in the layouts.
     """
     aliased = {(alias.rank, alias.dst_param) for alias in aliases}
-    numbers: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-    reasons: dict[str, str] = {}
+    found: dict[tuple[str, str], list[int]] = {}
     for rank in sorted(targets):
         for name, layout in targets[rank].items():
-            kind, copied = kind_of(name), (rank, name) not in aliased
-            entry = numbers[kind]
-            entry[copied] += 1
-            entry[2 + copied] += layout.shape[layout.dim] * layout.row_elements
-            if copied:
-                reasons.setdefault(kind, forbidden or _why_not(layout, sources.get(rank, {})))
+            reason = ""
+            if (rank, name) not in aliased:
+                reason = forbidden or _why_not(layout, sources.get(rank, {}))
+            entry = found.setdefault((kind_of(name), reason), [0, 0])
+            entry[0] += 1
+            entry[1] += layout.shape[layout.dim] * layout.row_elements
     return tuple(
-        Delivery(
-            kind=kind,
-            num_aliased=entry[0],
-            num_copied=entry[1],
-            elements_aliased=entry[2],
-            elements_copied=entry[3],
-            reason=reasons.get(kind, ""),
-        )
-        for kind, entry in numbers.items()
+        Delivery(kind=kind, reason=reason, num_parameters=number, elements=elements)
+        for (kind, reason), (number, elements) in found.items()
     )
 
 
 def delivery_lines(found: tuple[Delivery, ...]) -> list[str]:
     """For people: what is aliased, what is copied and why, as shares of the engines' elements."""
-    total = sum(delivery.elements_aliased + delivery.elements_copied for delivery in found)
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    elements: dict[tuple[str, str], int] = defaultdict(int)
+    sizes: Counter[str] = Counter()
     for delivery in found:
-        for verb, reason, size in (
-            ("alias", "", delivery.elements_aliased),
-            ("copy", delivery.reason, delivery.elements_copied),
-        ):
-            if size:
-                groups[verb, reason].append(delivery.kind)
-                elements[verb, reason] += size
-    return [
-        f"{verb} {elements[verb, reason] / total:.1%}: {_listed(kinds)}"
-        + (f" ({reason})" if reason else "")
-        for (verb, reason), kinds in sorted(groups.items(), key=lambda group: group[0][0])
-    ]
+        sizes[delivery.reason] += delivery.elements
+    lines = []
+    # What is aliased first, then the largest part.
+    for reason in sorted(sizes, key=lambda reason: (reason != "", -sizes[reason])):
+        group = [delivery for delivery in found if delivery.reason == reason]
+        share = sizes[reason] / sizes.total()
+        kinds = _listed([delivery.kind for delivery in group])
+        verb = "alias" if not reason else "reload" if reason == "sync.mode=reload" else "copy"
+        lines.append(f"{verb} {share:.1%}: {kinds}" + (f" ({reason})" if reason else ""))
+    return lines
 
 
 def _listed(kinds: list[str]) -> str:
@@ -156,7 +148,9 @@ def _why_not(wanted: Layout, held: Mapping[str, Layout]) -> str:
     if not near:
         return "other pipeline stages hold it"
     if all(layout.shape != wanted.shape for layout in near):
-        return "the engine's shards have another shape than the actor's"
+        if tensors <= {EMBEDDING, OUTPUT}:
+            return "the engine cuts or pads the vocabulary otherwise: rollout.tp, vocab_multiple"
+        return "the engine's shards have another shape than the actor's: rollout.tp"
     if any(merged(layout.intervals) == merged(wanted.intervals) for layout in near):
         return OTHER_ORDER
     return "this rank's engine needs other rows than its actor holds"

@@ -1,5 +1,6 @@
 """Hands the actor's weights to the rollout engine: one version at a time, proven, or not at all."""
 
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,14 +73,17 @@ class WeightSync:
         self.version = 0
         self._ends = ends
         self._bytes_least = sum(missing_elements(sources, targets).values()) * ends.dtype.itemsize
-        aliased = sum(delivery.elements_aliased for delivery in self.deliveries)
+        aliased = sum(delivery.elements for delivery in self.deliveries if delivery.aliased)
         self._bytes_aliased = aliased * ends.dtype.itemsize
         self._way: Direct | Reload
         if config.mode == "reload":
             self._way = Reload(sources, tensors, sorted(targets), ends, config)
         else:
             self._way = Direct(make_plan(sources, targets, aliases=aliases), ends, config)
-        check_same(self._way.digest, ends.group, ends.device)
+        # Not the plan alone: ranks that cut it into other rounds would wait for each other.
+        agreed = (self._way.digest, ends.dtype, config.mode, config.bucket_bytes, config.verify)
+        digest = hashlib.sha256(repr(agreed).encode()).hexdigest()
+        check_same(digest, ends.group, ends.device)
 
     def close(self) -> None:
         """Let nobody sample before the next push: the actor's weights are about to change.
@@ -98,22 +102,25 @@ class WeightSync:
         version = self.version + 1
         try:
             transfer = self._way.deliver(version)
+            report = self._report(version, transfer, time.monotonic() - started)
             self._open(version)
-        except WeightError as error:
+        except Exception as error:
             self._ends.target.refuse(f"weight version {version} was not delivered: {error}")
             raise
         self.version = version
-        return self._report(transfer, time.monotonic() - started)
+        return report
 
     def _open(self, version: int) -> None:
         problems = []
         try:
             self._ends.target.finish_update(version)
-        except WeightError as error:
-            problems.append(f"rank {self._ends.rank}: {error}")
+        except Exception as error:
+            # Whatever it is, the other ranks have to close again.
+            what = str(error) if isinstance(error, WeightError) else repr(error)
+            problems.append(f"rank {self._ends.rank}: {what}")
         agree(problems, self._ends.group, self._ends.device)
 
-    def _report(self, transfer: TransferReport, seconds: float) -> PushReport:
+    def _report(self, version: int, transfer: TransferReport, seconds: float) -> PushReport:
         """The same on every rank."""
         mine = torch.tensor(
             [
@@ -135,7 +142,7 @@ class WeightSync:
         table = torch.stack(by_rank)
         slowest, together = table.amax(0).tolist(), table.sum(0).tolist()
         return PushReport(
-            version=self.version,
+            version=version,
             seconds=slowest[0],
             pack_s=slowest[1],
             transfer_s=slowest[2],

@@ -70,6 +70,8 @@ def lost_ranks(doing: str) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         # gloo puts a source line before what happened, and general advice behind it.
         reason = re.sub(r"\[\S+:\d+\]", "", str(error).split(". This is")[0])
@@ -91,7 +93,8 @@ def check_same(digest: str, group: ProcessGroup, device: torch.device) -> None:
     if odd:
         raise WeightError(
             f"ranks {odd} computed another reshard plan than rank {ranks[0]}; all ranks must run "
-            "the same configuration and the same version of this package"
+            "the same configuration (parallel.*, rollout.tp, model.*, sync.*) and the same version "
+            "of this package"
         )
 
 

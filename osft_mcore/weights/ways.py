@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -89,7 +89,9 @@ class Direct:
         problems += [
             f"target parameter {name!r} should be the memory of {source!r}, but is not"
             for name, source in self._aliases.items()
-            if name in targets and targets[name].data_ptr() != sources[source].data_ptr()
+            if name in targets
+            and source in sources
+            and targets[name].data_ptr() != sources[source].data_ptr()
         ]
         report = execute(self._schedule, sources, targets, group=ends.group, problems=problems)
         phases = Phases(ends.device)
@@ -109,8 +111,10 @@ class Direct:
         """Problems are for all ranks together: one that raised alone would leave the others."""
         if not self._aliases:
             return []
+        # A source that is missing is found, and named, with everything else that is.
+        memory = {name: sources[of] for name, of in self._aliases.items() if of in sources}
         try:
-            self._ends.target.share({name: sources[of] for name, of in self._aliases.items()})
+            self._ends.target.share(memory)
         except WeightError as error:
             return str(error).splitlines()
         return []
@@ -127,7 +131,8 @@ class Reload:
         ends: Ends,
         config: SyncConfig,
     ) -> None:
-        # Half of the memory for the tensors, half for what is on its way to them.
+        # Half of the memory for the tensors, half for what is on its way to them. A tensor that is
+        # larger than its half is a portion all the same: the loader wants it whole.
         half = config.bucket_bytes // 2
         self._portions = make_portions(
             sources,
@@ -144,7 +149,7 @@ class Reload:
 
     def deliver(self, turn: int) -> TransferReport:
         """Stream the model into the engine, every portion proven. Collective over the group."""
-        ends, reports = self._ends, list[TransferReport]()
+        ends, reports, broken = self._ends, list[TransferReport](), list[WeightError]()
         ends.target.begin_update()
         stream = stream_tensors(
             self._portions,
@@ -155,12 +160,27 @@ class Reload:
             device=ends.device,
             note=reports.append,
         )
+
+        def watched() -> Iterator[tuple[str, Tensor]]:
+            try:
+                # Not `yield from`: a loader that gives up would close the stream itself.
+                for tensor in stream:  # noqa: UP028
+                    yield tensor
+            except WeightError as error:
+                broken.append(error)
+                raise
+
         started = time.monotonic()
         problems = []
         try:
-            ends.target.reload(stream)
-        except WeightError as error:
-            problems += [f"rank {ends.rank}: {line}" for line in str(error).splitlines()]
+            ends.target.reload(watched())
+        except Exception as error:
+            if broken:
+                # The stream breaks off on all ranks; there is nothing left to agree on.
+                raise broken[0] from error
+            # Whatever the loader raises is this rank's alone, and the others do not know yet.
+            what = str(error) if isinstance(error, WeightError) else repr(error)
+            problems += [f"rank {ends.rank}: {line}" for line in what.splitlines()]
         for _ in stream:
             # The others still need this rank's part of the portions that its engine did not take.
             pass

@@ -6,8 +6,9 @@ After a reviewed change of the numbers: python tools/regenerate_golden_run.py
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch_engine import TorchEngine, torch_engine_layouts
 
-from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.actor import Actor, UpdateResult
 from osft_mcore.config.check import check
 from osft_mcore.config.schema import (
     AnnealingConfig,
@@ -33,6 +34,7 @@ from osft_mcore.config.schema import (
 )
 from osft_mcore.data.arithmetic import ArithmeticTask, TinyModel, write_arithmetic
 from osft_mcore.data.tokenizer import load_tokenizer
+from osft_mcore.errors import WeightError
 from osft_mcore.evaluation.evaluator import Evaluator
 from osft_mcore.evaluation.grading import Grader
 from osft_mcore.log.console import Console
@@ -40,6 +42,7 @@ from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext, join_groups
 from osft_mcore.parallel.topology import Topology
+from osft_mcore.records import Example
 from osft_mcore.train.inputs import load_held_out, load_train_prompts
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.sft import run_sft
@@ -241,6 +244,26 @@ def record_start(root: Path) -> None:
     save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, START)
 
 
+def sample_before_updates(_rank: int, data: Path, model: Path, out: Path) -> list[str]:
+    """Two steps that ask the engine before each optimizer update; how it refused."""
+    topology = Topology(tp=1, pp=1, dp=1)
+    context = join_groups(topology, device=torch.device("cpu"))
+    loop = replace(build_loop(osft_config(data, model, out, topology), context, None), num_steps=2)
+    real_update, refusals = loop.actor.update, []
+
+    def update(examples: Sequence[Example], *, tau_sample: float, lr: float) -> UpdateResult:
+        with pytest.raises(WeightError) as refused:
+            loop.engine.generate(loop.batch(1), loop.sampling(1, tau_sample))
+        refusals.append(str(refused.value))
+        return real_update(examples, tau_sample=tau_sample, lr=lr)
+
+    loop.actor.update = update
+    loop.folder.create()
+    loop.sync.push()
+    loop.fit()
+    return refusals
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_start(tmp_path_factory.mktemp("start"))
@@ -270,6 +293,16 @@ def test_the_run_is_worth_recording() -> None:
     scores = [r["eval/pass_at_1"] for r in evaluations]
     assert len(set(scores)) > 1
     assert max(scores) < 1
+
+
+def test_nobody_samples_while_the_actor_is_updated(
+    start: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """From the first update to the next push: an engine may read the actor's own memory."""
+    data, model = start
+    [refusals] = run_ranks(sample_before_updates, 1, data=data, model=model, out=tmp_path / "run")
+    assert len(refusals) == 2 * 2, "two updates a step"
+    assert all("a push must finish first" in refusal for refusal in refusals)
 
 
 @pytest.mark.parametrize("topology", OTHER_TOPOLOGIES.values(), ids=OTHER_TOPOLOGIES.keys())

@@ -16,8 +16,9 @@ from layouts import assert_equal, model
 from ranks import run_ranks
 
 from osft_mcore.errors import WeightError
-from osft_mcore.weights import execute, schedule, transport
+from osft_mcore.weights import execute, schedule, stream, transport
 from osft_mcore.weights.layout import Layouts
+from osft_mcore.weights.params import hf_layouts
 from osft_mcore.weights.sync import PushReport
 
 MODES = [
@@ -175,6 +176,28 @@ def test_an_engine_that_does_not_fit_stays_closed(spoil: Any, problem: str) -> N
     assert run_ranks(push_into_spoilt, 2, spoil=spoil, ranks=[1]) == [alone] * 2
 
 
+def push_from_spoilt(rank: int, mode: str, spoil: str) -> str:
+    """Rank 1's actor lacks a parameter, or has one too many."""
+    bridge = Bridge(rank, engine_tp=2, mode=mode)
+    bridge.sync.push()
+    if rank == 1:
+        norm = bridge.weights.pop("decoder.final_layernorm.weight")
+        if spoil == "extra":
+            bridge.weights |= {"decoder.final_layernorm.weight": norm, "adapter.weight": norm}
+    return bridge.failed_push()
+
+
+@pytest.mark.parametrize("mode", ["copy", "auto", "alias", "reload"])
+@pytest.mark.parametrize("spoil", ["missing", "extra"])
+def test_an_actor_that_does_not_fit_is_named_on_all_ranks(mode: str, spoil: str) -> None:
+    message = {
+        "missing": "rank 1: source parameter 'decoder.final_layernorm.weight' is missing",
+        "extra": "rank 1: source parameter 'adapter.weight' has no layout",
+    }[spoil]
+    for found in run_ranks(push_from_spoilt, 2, mode=mode, spoil=spoil):
+        assert found.startswith(message), found
+
+
 def recover(rank: int) -> list[str]:
     """An engine that is mended is filled by the next push."""
     bridge = Bridge(rank)
@@ -190,40 +213,110 @@ def test_a_refused_push_can_be_repeated() -> None:
     assert run_ranks(recover, 2) == [["closed", "refuses", "closed", "open at 1"]] * 2
 
 
-def fail_at_the_end(rank: int) -> tuple[str, list[str]]:
+def fail_at_the_end(rank: int, kind: type[Exception]) -> tuple[str, list[str]]:
     """Rank 1's engine cannot open; the other one must not be left open alone."""
     bridge = Bridge(rank)
     if rank == 1:
 
         def finish_update(version: int) -> None:
-            raise WeightError(f"cannot open at {version}")
+            raise kind(f"cannot open at {version}")
 
         bridge.engine.finish_update = finish_update  # type: ignore[method-assign]
     return bridge.failed_push(), bridge.engine.diary
 
 
-def test_a_version_is_open_on_all_ranks_or_on_none() -> None:
-    for message, diary in run_ranks(fail_at_the_end, 2):
-        assert message == "rank 1: cannot open at 1"
-        assert diary[-1] == "refuses: weight version 1 was not delivered: rank 1: cannot open at 1"
+@pytest.mark.parametrize("kind", [WeightError, ValueError])
+def test_a_version_is_open_on_all_ranks_or_on_none(kind: type[Exception]) -> None:
+    why = "cannot open at 1" if kind is WeightError else "ValueError('cannot open at 1')"
+    for message, diary in run_ranks(fail_at_the_end, 2, kind=kind):
+        assert message == f"rank 1: {why}"
+        assert diary[-1] == f"refuses: weight version 1 was not delivered: rank 1: {why}"
 
 
-def reload_fails(rank: int) -> str:
+MANY_LAYERS = dataclasses.replace(SHAPE, num_layers=60)
+"""Several portions of half a MiB."""
+
+
+def reload_fails(rank: int, kind: type[Exception]) -> tuple[str, int]:
     """Rank 1's loader gives up early; rank 0 still needs what rank 1 sends."""
-    bridge = Bridge(rank, mode="reload")
+    bridge = Bridge(rank, mode="reload", shape=MANY_LAYERS)
+    num_executed = []
+    real = stream.execute
+
+    def execute_one(*args: Any, **kwargs: Any) -> Any:
+        num_executed.append(1)
+        return real(*args, **kwargs)
+
+    stream.execute = execute_one  # type: ignore[assignment]
     if rank == 1:
 
         def reload(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
             name, _ = next(iter(tensors))
-            raise WeightError(f"cannot load {name}")
+            raise kind(f"cannot load {name}")
 
         bridge.engine.reload = reload  # type: ignore[method-assign]
-    return bridge.failed_push()
+    return bridge.failed_push(), len(num_executed)
 
 
-def test_a_loader_that_fails_on_one_rank_fails_on_all() -> None:
-    expected = "rank 1: cannot load model.embed_tokens.weight"
-    assert run_ranks(reload_fails, 2) == [expected] * 2
+@pytest.mark.parametrize("kind", [WeightError, KeyError])
+def test_a_loader_that_fails_on_one_rank_fails_on_all(kind: type[Exception]) -> None:
+    why = "cannot load model.embed_tokens.weight"
+    expected = f"rank 1: {why}" if kind is WeightError else f"rank 1: KeyError('{why}')"
+    (message, portions), other = run_ranks(reload_fails, 2, kind=kind)
+    assert (message, portions) == other
+    assert message == expected
+    assert portions > 3
+
+
+def plan_with_settings(rank: int, of_rank_1: dict[str, Any]) -> str:
+    with pytest.raises(WeightError) as error:
+        Bridge(rank, **(of_rank_1 if rank == 1 else {}))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bucket_mib": 2}, {"verify": "off"}, {"mode": "auto"}], ids=str
+)
+def test_ranks_with_different_settings_do_not_start(settings: dict[str, Any]) -> None:
+    """They would wait for messages of other sizes, or for digests that never come."""
+    for message in run_ranks(plan_with_settings, 2, of_rank_1=settings):
+        assert message.startswith("ranks [1] computed another reshard plan than rank 0"), message
+
+
+def lose_rank_while_reporting(rank: int) -> tuple[str, list[str]]:
+    """Rank 1 dies when all is delivered, before the version opens."""
+    bridge = Bridge(rank, group=dist.new_group(timeout=timedelta(seconds=4)))
+    real = bridge.sync._report
+
+    def report(*args: Any) -> PushReport:
+        if rank == 1:
+            os._exit(1)
+        return real(*args)
+
+    bridge.sync._report = report  # type: ignore[method-assign]
+    message = bridge.failed_push()
+    dist.destroy_process_group()
+    return message, bridge.engine.diary
+
+
+def test_no_engine_opens_when_a_rank_is_lost_at_the_end() -> None:
+    message, diary = run_ranks(lose_rank_while_reporting, 2, lost=[1], timeout_s=60)[0]
+    assert "while reporting the push" in message
+    assert diary == ["closed", f"refuses: weight version 1 was not delivered: {message}"]
+
+
+def reload_report(rank: int) -> tuple[int, int]:
+    report = Bridge(rank, mode="reload", shape=MANY_LAYERS).sync.push()
+    return report.peak_extra_bytes, report.bytes_received
+
+
+def test_reload_needs_no_more_than_the_bucket_while_tensors_fit() -> None:
+    largest = max(at.shape[at.dim] * at.row_elements * 4 for at in hf_layouts(MANY_LAYERS).values())
+    whole = sum(at.shape[at.dim] * at.row_elements * 4 for at in hf_layouts(MANY_LAYERS).values())
+    for peak, received in run_ranks(reload_report, 2):
+        assert largest < peak <= 2**20
+        # Each of two ranks gets what the other one has; norms they both have.
+        assert 0.9 * whole < received < whole
 
 
 def plan_alone(rank: int) -> str:
@@ -271,7 +364,7 @@ def start_error(rank: int, sources: Layouts | None, targets: Layouts | None) -> 
     return str(error.value)
 
 
-def test_a_parameter_dropped_from_the_table_is_named_before_the_first_push() -> None:
+def test_a_parameter_dropped_from_one_side_of_the_table_is_named_before_the_first_push() -> None:
     actor, engine = actor_side(SHAPE, tp=2), engine_side(SHAPE, tp=2)
     lost = "decoder.layers.1.mlp.linear_fc2.weight"
     [message] = set(run_ranks(start_error, 2, sources=without(actor, lost), targets=None))
@@ -280,6 +373,32 @@ def test_a_parameter_dropped_from_the_table_is_named_before_the_first_push() -> 
     lost = "model.layers.1.mlp.down_proj.weight"
     [message] = set(run_ranks(start_error, 2, sources=None, targets=without(engine, lost)))
     assert message == f"{tensor} reaches no parameter of the engine"
+
+
+def push_without_a_row_of_the_table(rank: int) -> str:
+    """The table lacks a parameter on both sides, so that the layouts fit; the models have it."""
+    actor, engine = actor_side(SHAPE, tp=2), engine_side(SHAPE, tp=2)
+    bridge = Bridge(
+        rank,
+        engine_tp=2,
+        sources=without(actor, "decoder.layers.1.mlp.linear_fc2.weight"),
+        targets=without(engine, "model.layers.1.mlp.down_proj.weight"),
+    )
+    whole = Bridge(rank, engine_tp=2)
+    bridge.weights, bridge.engine.params = whole.weights, whole.engine.params
+    return bridge.failed_push()
+
+
+def test_a_parameter_dropped_from_both_sides_of_the_table_is_named_by_the_first_push() -> None:
+    for message in run_ranks(push_without_a_row_of_the_table, 2):
+        assert message.splitlines() == [
+            f"rank {rank}: {side} parameter {name!r} has no layout: it would be left as it is"
+            for rank in range(2)
+            for side, name in (
+                ("source", "decoder.layers.1.mlp.linear_fc2.weight"),
+                ("target", "model.layers.1.mlp.down_proj.weight"),
+            )
+        ]
 
 
 @pytest.mark.parametrize("ranks", [[0, 1], [1]])
@@ -317,10 +436,10 @@ def test_a_bucket_corrupted_in_flight_is_named(where: slice, verify: str) -> Non
         assert last == f"refuses: weight version 2 was not delivered: {message}"
 
 
-def lose_rank(rank: int, how: str) -> tuple[str, str]:
+def lose_rank(rank: int, how: str, mode: str) -> tuple[str, str]:
     """Rank 2 stops in the middle of the second push."""
     group = dist.new_group(timeout=timedelta(seconds=4))
-    bridge = Bridge(rank, pp=2, engine_tp=4, world=4, group=group)
+    bridge = Bridge(rank, pp=2, engine_tp=4, world=4, group=group, mode=mode)
     bridge.sync.push()
     real = execute.post
 
@@ -335,9 +454,9 @@ def lose_rank(rank: int, how: str) -> tuple[str, str]:
     return message, bridge.engine.diary[-1]
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_when_a_rank_is_lost_mid_push_the_others_stop_and_say_so(how: str) -> None:
-    results = run_ranks(lose_rank, 4, lost=[2], timeout_s=60, how=how)
+@pytest.mark.parametrize(("how", "mode"), [("dies", "copy"), ("hangs", "copy"), ("dies", "reload")])
+def test_when_a_rank_is_lost_mid_push_the_others_stop_and_say_so(how: str, mode: str) -> None:
+    results = run_ranks(lose_rank, 4, lost=[2], timeout_s=60, how=how, mode=mode)
     for rank in (0, 1, 3):
         message, last = results[rank]
         assert re.match(

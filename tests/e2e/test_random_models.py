@@ -22,12 +22,11 @@ from hypothesis import strategies as st
 from models import MAX_POSITIONS, save_random_model
 from ranks import run_ranks
 
-from osft_mcore.config.check import check, divisors
+from osft_mcore.config.check import VOCAB_PADDING, check, divisors
 from osft_mcore.config.model_shape import FAMILIES, LLAMA3_ROPE, padded_vocab
 from osft_mcore.config.schema import RunConfig, SyncConfig, TrainConfig
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Prompt, Response
-from osft_mcore.rollout.vllm_layout import VOCAB_PADDING
 from osft_mcore.train.osft import build_sync
 from osft_mcore.train.start import build_actor
 

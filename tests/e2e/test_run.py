@@ -135,6 +135,7 @@ def test_summary_tells_layouts_versions_and_times(runs: Runs) -> None:
     summary = runs.summary
     assert set(summary) == {
         "steps", "tau_sample", "tau_train", "actor_layout", "rollout_layout", "weight_version",
+        "weights_to_vllm",
         "sync/logprob_diff_max", "sync/logprob_diff_mean", "base_pass_at_1",
         "base_best_temperature", "base_best_temperature_pass_at_1",
         "base_pass_at_1_by_temperature", "osft_pass_at_1", "evaluation_temperature", "gain",
@@ -144,6 +145,8 @@ def test_summary_tells_layouts_versions_and_times(runs: Runs) -> None:
     assert (summary["tau_sample"], summary["tau_train"]) == (0.6, 1.0)
     assert summary["actor_layout"] == {"tp": 2, "pp": 1, "vpp": 1, "dp": 1}
     assert summary["rollout_layout"] == {"tp": 2, "replicas": 1}
+    [line] = summary["weights_to_vllm"]
+    assert line.startswith("alias 100.0%: embed_tokens, ")
     differences = [record["sync/logprob_diff_max"] for record in runs.metrics]
     # Not 0 either: two implementations computed them.
     assert 0 < summary["sync/logprob_diff_max"] == max(differences) <= 1e-3

@@ -1,10 +1,16 @@
 """What may be shared between actor and engine is decided from the layouts alone."""
 
+import dataclasses
+
 import pytest
 from bridge import actor_side, engine_side
 from layouts import model
 
+from osft_mcore.actor.megatron_layout import actor_layouts
+from osft_mcore.config.schema import ModelConfig
 from osft_mcore.errors import WeightError
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.rollout.vllm_layout import engine_layouts
 from osft_mcore.weights.alias import Alias, choose_aliases, deliveries, delivery_lines, find_aliases
 from osft_mcore.weights.params import vllm_layouts
 from osft_mcore.weights.plan import make_plan
@@ -68,10 +74,10 @@ def test_vocabularies_padded_differently_are_copied() -> None:
     found = {
         delivery.kind: delivery.reason
         for delivery in deliveries(actor, engine, find_aliases(actor, engine), forbidden="")
-        if delivery.num_copied
+        if not delivery.aliased
     }
     assert found["model.embed_tokens.weight"] == (
-        "the engine's shards have another shape than the actor's"
+        "the engine cuts or pads the vocabulary otherwise: rollout.tp, vocab_multiple"
     )
 
 
@@ -97,10 +103,23 @@ def test_lines_say_what_is_shared_and_why_the_rest_is_not() -> None:
     engine = engine_side(FOUR_GROUPS, tp=2, world=4)
     lines = delivery_lines(deliveries(actor, engine, find_aliases(actor, engine), forbidden=""))
     assert [line.split(":")[0].split()[0] for line in lines] == ["alias", "copy", "copy"]
-    assert "(other pipeline stages hold it)" in lines[1]
-    assert lines[2].endswith(
-        "layers.*.self_attn.qkv_proj, layers.*.self_attn.qkv_proj.bias "
-        "(the engine keeps the same rows in another order)"
-    )
+    qkv = "layers.*.self_attn.qkv_proj, layers.*.self_attn.qkv_proj.bias"
+    assert lines[1].endswith("(other pipeline stages hold it)")
+    assert qkv in lines[1]
+    assert lines[2].endswith(f"{qkv} (the engine keeps the same rows in another order)")
     shares = [float(line.split("%")[0].split()[1]) for line in lines]
     assert sum(shares) == pytest.approx(100, abs=0.2)
+
+
+def test_with_default_options_real_vocabularies_coincide_at_equal_sizes() -> None:
+    """151936 and 128256 are no multiples of 128 * tp, Megatron-LM's padding."""
+    for vocab, tp in ((151936, 2), (128256, 4), (50257, 8)):
+        shape = dataclasses.replace(model("qwen2", kv_heads=8), vocab=vocab)
+        topology = Topology(tp=tp, pp=1, dp=1, rollout_tp=tp)
+        actor = actor_layouts(
+            shape, topology, vocab_multiple=ModelConfig().vocab_multiple, transformer_engine=False
+        )
+        engine = engine_layouts(shape, topology)
+        aliases = choose_aliases("alias", actor, engine)
+        kinds = {d.kind for d in deliveries(actor, engine, aliases, forbidden="") if d.aliased}
+        assert {"model.embed_tokens.weight", "lm_head.weight"} <= kinds

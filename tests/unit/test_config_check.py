@@ -10,11 +10,21 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from osft_mcore.config.check import CPU_HEAD_DIMS, Phase, check, divisors, nearest
+from osft_mcore.config.check import (
+    CPU_HEAD_DIMS,
+    VOCAB_PADDING,
+    Phase,
+    check,
+    divisors,
+    nearest,
+    tensor_parallel_problems,
+)
 from osft_mcore.config.load import load_config
 from osft_mcore.config.model_shape import ModelShape, model_shape
 from osft_mcore.config.schema import ParallelConfig, RolloutConfig, RunConfig, TrainConfig
 from osft_mcore.errors import ConfigError
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.train.weight_plan import push_bytes
 
 HF_CONFIG = {
     "model_type": "llama",
@@ -214,7 +224,11 @@ def test_heads_and_feed_forward_must_split(
     options: list[str], tp: int, heads: int, kv_heads: int, ffn: int, named: list[str]
 ) -> None:
     shape = shape_with(
-        num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=ffn, head_dim=32
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        head_dim=32,
+        vocab_size=3 * 64,
     )
     both = (f"parallel.tp={tp}", f"rollout.tp={tp}")
     problems = problems_of(options, *both, shape=shape)
@@ -224,6 +238,57 @@ def test_heads_and_feed_forward_must_split(
             "parallel.tp",
             "rollout.tp",
         ]
+
+
+def test_key_value_heads_that_the_actor_cannot_cut_are_its_problem_alone(
+    options: list[str],
+) -> None:
+    """Megatron-Core cuts the fused rows evenly; vLLM gives each rank a key-value head."""
+    shape = shape_with(
+        num_attention_heads=24,
+        num_key_value_heads=1,
+        head_dim=128,
+        intermediate_size=96,
+        vocab_size=3 * 64,
+    )
+    (problem,) = problems_of(options, "parallel.tp=3", "rollout.tp=3", shape=shape)
+    assert problem == (
+        "parallel.tp: 3 does not divide the model's 3328 rows of query, key and value "
+        "(24 + 2 * 1 heads of 128), which Megatron-Core cuts evenly; nearest that work: 2, 4"
+    )
+
+
+def test_a_vocabulary_that_vllm_cannot_cut_is_the_rollouts_problem_alone(
+    options: list[str],
+) -> None:
+    """The actor pads to a multiple of its own size, vLLM to a multiple of 64."""
+    shape = shape_with(
+        num_attention_heads=12, num_key_value_heads=6, head_dim=32, intermediate_size=96
+    )
+    (problem,) = problems_of(options, "parallel.tp=3", "rollout.tp=3", shape=shape)
+    assert problem == (
+        "rollout.tp: 3 does not divide the 1024 rows to which vLLM pads the vocabulary of 1000; "
+        "nearest that work: 2"
+    ), "and not 4, which the 6 key-value heads do not allow"
+
+
+@pytest.mark.parametrize("vocab", [100, 150])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 6, 12])
+def test_what_passes_can_be_laid_out(kv_heads: int, vocab: int) -> None:
+    shape = shape_with(
+        num_attention_heads=12,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        intermediate_size=24,
+        vocab_size=vocab,
+        num_hidden_layers=1,
+    )
+    for tp in divisors(12):
+        if not any(tensor_parallel_problems("parallel.tp", tp, shape)):
+            push_bytes(shape, Topology(tp=tp, pp=1, dp=1), vocab_multiple=64, itemsize=2)
+        if not any(tensor_parallel_problems("rollout.tp", tp, shape)):
+            topology = Topology(tp=1, pp=1, dp=tp, rollout_tp=tp)
+            push_bytes(shape, topology, vocab_multiple=64, itemsize=2)
 
 
 def test_head_dim_of_the_cpu_build_matters_only_where_it_samples(options: list[str]) -> None:
@@ -281,19 +346,29 @@ def test_the_paper_preset_fits_its_model_and_eight_ranks() -> None:
     assert all("is not a file" in problem for problem in caught.value.problems)
 
 
-def test_head_dims_are_those_of_the_installed_vllm() -> None:
+def vllm_source(name: str) -> ast.Module:
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("vLLM is not installed")
-    source = Path(spec.submodule_search_locations[0]) / "v1/attention/backends/cpu_attn.py"
+    source = Path(spec.submodule_search_locations[0]) / name
+    return ast.parse(source.read_text(encoding="utf-8"))
+
+
+def test_head_dims_are_those_of_the_installed_vllm() -> None:
     (function,) = (
         node
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        for node in ast.walk(vllm_source("v1/attention/backends/cpu_attn.py"))
         if isinstance(node, ast.FunctionDef) and node.name == "get_supported_head_sizes"
     )
     (returned,) = (node for node in function.body if isinstance(node, ast.Return))
     assert returned.value is not None
     assert tuple(ast.literal_eval(returned.value)) == CPU_HEAD_DIMS
+
+
+def test_vocabulary_padding_is_that_of_the_installed_vllm() -> None:
+    source = vllm_source("model_executor/layers/vocab_parallel_embedding.py")
+    lines = [ast.unparse(node) for node in source.body]
+    assert f"DEFAULT_VOCAB_PADDING_SIZE = {VOCAB_PADDING}" in lines
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ QWEN25_7B = {
 }
 
 
-def show(folder: Path, *arguments: str, layers: int = 28) -> subprocess.CompletedProcess[str]:
-    config = {**QWEN25_7B, "num_hidden_layers": layers}
+def show(
+    folder: Path, *arguments: str, layers: int = 28, **changes: int
+) -> subprocess.CompletedProcess[str]:
+    config = {**QWEN25_7B, "num_hidden_layers": layers, **changes}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     command = [sys.executable, str(TOOL), str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -67,6 +70,15 @@ def test_all_pairs_are_one_line_each(tmp_path: Path) -> None:
     assert len(rows) == 3 * 5 * 3
     assert {row["ratio"] for row in rows} == {"1.00"}
     assert all(row["received"] == row["least"] for row in rows)
+
+
+def test_pairs_leave_out_what_the_heads_do_not_allow(tmp_path: Path) -> None:
+    """3 and 6 divide the 24 heads, but not the 26 heads' rows of query, key and value."""
+    heads = {"hidden_size": 3072, "num_attention_heads": 24, "num_key_value_heads": 1}
+    shown = show(tmp_path, "--pairs", "--json", layers=1, **heads, intermediate_size=9216)
+    assert shown.returncode == 0, shown.stderr
+    pairs = {(row["tp"], row["rollout_tp"]) for row in json.loads(shown.stdout)}
+    assert pairs == set(product((1, 2, 4, 8), repeat=2))
 
 
 def test_a_rollout_that_does_not_fit_is_one_clear_error(tmp_path: Path) -> None:

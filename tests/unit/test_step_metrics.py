@@ -7,7 +7,13 @@ import pytest
 
 from osft_mcore.actor.actor import Agreement, UpdateResult
 from osft_mcore.records import Prompt, Response
-from osft_mcore.train.step_metrics import response_metrics, rollout_rows, update_metrics
+from osft_mcore.train.step_metrics import (
+    push_metrics,
+    response_metrics,
+    rollout_rows,
+    update_metrics,
+)
+from osft_mcore.weights.sync import PushReport
 
 PROMPT = Prompt(
     row=3, prompt_id="sums/3", data_source="sums", text="1+1=?", token_ids=(5, 6), ground_truth="2"
@@ -106,3 +112,24 @@ def test_rollout_rows_keep_what_was_trained_on() -> None:
         "replica": 1,
     }
     assert [row["sample"] for row in rows] == [0, 1]
+
+
+def test_a_push_is_logged_by_phase_and_against_the_least_bytes() -> None:
+    push = PushReport(
+        version=4, seconds=2.0, pack_s=0.1, transfer_s=0.2, write_s=0.3, verify_s=0.4,
+        bytes_received=600, bytes_least=400, bytes_local=70, bytes_aliased=8, peak_extra_bytes=9,
+    )  # fmt: skip
+    assert push_metrics(push) == {
+        "sync/weight_version": 4.0,
+        "time/sync_push_s": 2.0,
+        "time/sync_pack_s": 0.1,
+        "time/sync_transfer_s": 0.2,
+        "time/sync_write_s": 0.3,
+        "time/sync_verify_s": 0.4,
+        "sync/bytes_received": 600.0,
+        "sync/bytes_least": 400.0,
+        "sync/bytes_ratio": 1.5,
+        "sync/bytes_local": 70.0,
+        "sync/bytes_aliased": 8.0,
+        "sync/peak_extra_bytes": 9.0,
+    }

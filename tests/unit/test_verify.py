@@ -10,10 +10,10 @@ from layouts import materialise, model, random_checkpoint
 from osft_mcore.errors import WeightError
 from osft_mcore.weights import verify as verify_module
 from osft_mcore.weights.execute import execute
-from osft_mcore.weights.plan import make_plan
+from osft_mcore.weights.plan import Copy, make_plan
 from osft_mcore.weights.schedule import make_schedule
 from osft_mcore.weights.sides import check_sides
-from osft_mcore.weights.verify import BATCH_ELEMENTS, check_delivered, digests, make_audit
+from osft_mcore.weights.verify import BATCH_ELEMENTS, check_delivered, digests, grid_of, make_audit
 
 SHAPE = model("qwen3", kv_heads=2, tied=True)
 
@@ -106,12 +106,26 @@ def test_every_parameter_that_differs_is_named(verify: str) -> None:
     assert check(audit, held, filled, "off", 1) == ""
 
 
-def test_a_sample_sees_every_element_in_some_turn() -> None:
-    audit, held, filled = delivered(4096)
-    name = "model.layers.1.mlp.down_proj.weight"
-    filled[name][5, 7] += 1
-    assert name in check(audit, held, filled, "full", 0)
-    assert any(name in check(audit, held, filled, "sample", turn) for turn in range(64))
+@pytest.mark.parametrize(("num_rows", "across"), [(64, 512), (100, 40), (7, 4096), (96, 96)])
+def test_samples_see_every_element_in_as_few_turns_as_possible(num_rows: int, across: int) -> None:
+    copy = Copy(
+        src_rank=0, src_param="p", src_start=0, dst_rank=1, dst_param="q", dst_start=0,
+        length=num_rows, dim=0, row_elements=across,
+    )  # fmt: skip
+    seen = torch.zeros(num_rows, across, dtype=torch.int)
+    first = grid_of(copy, "sample", 0, 10**9)
+    for turn in range(first.row_step * first.column_step):
+        grid = grid_of(copy, "sample", turn, 10**9)
+        seen[grid.first_row :: grid.row_step, grid.first_column :: grid.column_step] += 1
+    assert seen.min() == seen.max() == 1
+
+
+def test_a_sample_looks_at_every_piece() -> None:
+    copy = Copy(
+        src_rank=0, src_param="p", src_start=0, dst_rank=1, dst_param="q", dst_start=0,
+        length=4096, dim=0, row_elements=10,
+    )  # fmt: skip
+    assert grid_of(copy, "sample", 5, 10 * 7).row_step == 7
 
 
 def test_padding_that_is_not_zero_is_named() -> None:

@@ -52,7 +52,7 @@ def resident_bytes() -> int:
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
-def train(_rank: int, folder: Path, mode: str) -> Run:
+def train(_rank: int, folder: Path, mode: str, dtype: str) -> Run:
     """Push, sample, train; as the loop does."""
     inherited = resident_bytes()
     context = join(TP2)
@@ -60,6 +60,7 @@ def train(_rank: int, folder: Path, mode: str) -> Run:
         prompts_per_step=NUM_PROMPTS, prompts_per_update=NUM_PROMPTS, micro_batch_size=3
     )
     config = run_config(folder, TP2, train=options, sync=SyncConfig(mode=mode, verify="full"))  # type: ignore[arg-type]
+    config = replace(config, model=replace(config.model, dtype=dtype))
     check(config, world_size=2, phase="train", device="cpu", need_files=False)
     actor, engine = build_actor(config, context), start_engine(config, context)
     sync = build_sync(config, actor, engine)
@@ -91,15 +92,20 @@ def train(_rank: int, folder: Path, mode: str) -> Run:
 NO_SECONDS = dict.fromkeys(("seconds", "pack_s", "transfer_s", "write_s", "verify_s"), 0.0)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2], ids=["two groups a rank", "one group a rank"])
-def test_alias_saves_the_shard_and_changes_nothing_else(kv_heads: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kv_heads", "dtype"), [(4, "fp32"), (2, "bf16")], ids=["two groups a rank", "one group a rank"]
+)
+def test_alias_saves_the_shard_and_changes_nothing_else(
+    kv_heads: int, dtype: str, tmp_path: Path
+) -> None:
     folder = save_random_model(
         tmp_path, "qwen2", vocab=VOCAB, hidden=512, heads=8, head_dim=64, kv_heads=kv_heads,
         layers=6, ffn=1536,
     )  # fmt: skip
     assert read_model_shape(folder).vocab == VOCAB
-    copies = run_ranks(train, 2, folder=folder, mode="copy")
-    aliases = run_ranks(train, 2, folder=folder, mode="alias")
+    copies, aliases = (
+        run_ranks(train, 2, folder=folder, mode=mode, dtype=dtype) for mode in ("copy", "alias")
+    )
     for copied, aliased in zip(copies, aliases, strict=True):
         assert aliased.responses == copied.responses
         assert aliased.updates == copied.updates
