@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -24,21 +25,32 @@ def run_case(case: Case) -> Row:
 
     Raises ProcessRaisedException with the traceback of a rank that failed.
     """
-    # Here and not on rank 0, which would take the store along when it ends first.
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     # Forked ranks need not import vLLM again, which takes longer than all the rest; where there
     # is CUDA, a fork could not use it.
     how = "spawn" if torch.cuda.is_available() else "fork"
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, port = Path(name), _free_port()
         write_model(folder, case.model)
-        multiprocessing.start_processes(
+        ranks = multiprocessing.start_processes(
             _run_rank,
-            args=(case, store.port, folder),
+            args=(case, port, folder),
             nprocs=case.topology.world_size,
             start_method=how,
+            join=False,
         )
+        # Here and not on rank 0, which would take the store along when it ends first. After the
+        # fork: a rank would inherit locks that the store's threads hold at that moment.
+        store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+        while not ranks.join():
+            pass
+        del store
         return Row(**json.loads(_result(folder).read_text(encoding="utf-8")))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
 
 
 def machine() -> str:

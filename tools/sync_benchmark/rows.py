@@ -105,11 +105,12 @@ def table_head() -> str:
 
 
 def table_line(row: Row) -> str:
-    """One row under that head."""
+    """One row under that head; no ratio for the usual way where nothing had to move."""
+    usual_ratio = f"{row.bytes_ratio_usual:.1f}" if row.bytes_least else "-"
     return (
         f"{row.num_parameters / 1e6:6.1f}M{row.num_ranks:6d}  {row.actor:8}{row.rollout:7}"
         f"{row.seconds:9.4f}{row.seconds_usual:8.4f}{row.speedup:8.1f}x"
-        f"{row.bytes_ratio:7.2f}{row.bytes_ratio_usual:9.1f}"
+        f"{row.bytes_ratio:7.2f}{usual_ratio:>9}"
         f"{row.peak_extra_bytes / MIB:8.1f}{row.peak_extra_bytes_usual / MIB:8.1f}"
         f"{row.bucket_bytes / MIB:8.0f}"
     )
