@@ -6,7 +6,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,13 +72,40 @@ def leaf_paths() -> tuple[str, ...]:
     return tuple(path for path, is_leaf in _walk(RunConfig) if is_leaf)
 
 
+def as_options(config: RunConfig) -> dict[str, Any]:
+    """The whole config as nested plain values, by the names that users write."""
+    renamed: dict[str, Any] = _renamed(dataclasses.asdict(config))
+    return renamed
+
+
+def from_options(options: Mapping[str, Any]) -> RunConfig:
+    """The config of `as_options`. Raises ConfigError with every unknown key and wrong type."""
+    problems: list[str] = []
+    config = _validate(dict(options), problems)
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
 def to_yaml(config: RunConfig) -> str:
     """YAML text of the whole config; as config.yaml in a folder, `load_config` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escape(dataclasses.asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(as_options(config))))
+
+
+def _written(name: str) -> str:
+    """`async_` is `async` to users; Python keeps that word for itself."""
+    return name.rstrip("_")
+
+
+def _renamed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_written(key): _renamed(item) for key, item in value.items()}
+    return value
 
 
 def _walk(section: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    for name, kind in typing.get_type_hints(section).items():
+    for field, kind in typing.get_type_hints(section).items():
+        name = _written(field)
         if dataclasses.is_dataclass(kind):
             yield prefix + name, False
             yield from _walk(typing.cast(type, kind), f"{prefix}{name}.")
@@ -161,7 +188,7 @@ def _compose(overrides: list[str], folder: Path, problems: list[str]) -> dict[st
             f"{path}: has no value (???); set it" for path, v in _scalars(stated) if v == "???"
         ]
         # Laid over the defaults, ${train.lr} reaches an option that no YAML file sets.
-        merged = OmegaConf.create(_laid_over(dataclasses.asdict(RunConfig()), stated))
+        merged = OmegaConf.create(_laid_over(as_options(RunConfig()), stated))
         resolved = OmegaConf.to_container(merged, resolve=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         problems.append(f"{str(folder)!r} does not compose: {' '.join(str(error).split())}")

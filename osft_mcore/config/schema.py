@@ -1,9 +1,9 @@
 """Every option and every default, once. YAML in conf/ states choices; this file decides."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import with_config
+from pydantic import Field, with_config
 
 
 @with_config(extra="forbid")
@@ -126,6 +126,8 @@ class TrainConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
+    max_skipped_updates: int = 3
+    """Updates whose loss or gradient is not finite are skipped; this many in a row stop the run."""
 
 
 @with_config(extra="forbid")
@@ -173,13 +175,33 @@ class EvaluationConfig:
 @with_config(extra="forbid")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """Hugging Face exports of the weights."""
+    """Training checkpoints, from which a run resumes exactly, and the export at its end."""
 
     every: int = 0
-    """Export after every this many steps; 0: only at the end."""
+    """Save after every this many steps and after the last; 0: only when the run is told to stop."""
+    async_: Annotated[bool, Field(alias="async")] = True
+    """Written as `async`. Files are written by a thread, from a copy in host memory, while training
+    goes on."""
+    keep_last: int = 2
+    """The newest checkpoints that stay; older ones are deleted, but see keep_every."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are never deleted; 0: none."""
+    resume: str = "auto"
+    """`auto`: go on from the newest checkpoint of output_dir whose files are whole, if a run is
+    there. `never`: refuse a folder that holds a run. Else the path of a checkpoint, or of a run."""
+    verify: bool = True
+    """Before resuming, hold the SHA-256 of every file against the manifest; false: its size."""
+    stop_after: str | None = None
+    """Save and stop in time for this much running time, as in `3h50m`. SLURM_JOB_END_TIME is
+    heeded in any case."""
+    timeout_minutes: float = 30.0
+    """A save that takes longer has failed."""
+    max_failures: int = 3
+    """This many failed saves in a row stop the run."""
     final: bool = True
+    """Export the final model as a Hugging Face folder, hf/."""
     max_shard_gib: float = 4.0
-    """Largest safetensors file."""
+    """Largest safetensors file of that export."""
 
     @property
     def max_shard_bytes(self) -> int:

@@ -1,11 +1,11 @@
 """One online SFT run, from inputs to summary."""
 
-import dataclasses
 from contextlib import ExitStack
 
 import torch
 
 from osft_mcore.actor.actor import Actor
+from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -50,7 +50,7 @@ def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> N
         _say_deliveries(console, sync)
         # Only now: a model or an engine that cannot be built leaves no folder behind.
         folder = open_folder(config, context, [config.data.train, *config.evaluation.files])
-        metrics = MetricsLog(folder, config.logging, dataclasses.asdict(config))
+        metrics = MetricsLog(folder, config.logging, as_options(config))
         stack.callback(metrics.close)
         grader = stack.enter_context(build_grader(config)) if context.rank == 0 else None
         loop = OsftLoop(

@@ -1,12 +1,12 @@
 """Supervised fine-tuning on given answers, with the same actor: the phase before OSFT."""
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 from osft_mcore.actor.actor import Actor, UpdateResult
 from osft_mcore.actor.export import export_hf
+from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import batch_rows
@@ -35,7 +35,7 @@ def run_sft(config: RunConfig, context: ParallelContext, console: Console) -> No
         actor = build_actor(config, context)
     # Only now: a model that cannot be built leaves no folder behind.
     folder = open_folder(config, context, [config.data.train])
-    options = dataclasses.asdict(config)
+    options = as_options(config)
     with closing(MetricsLog(folder, config.logging, options)) as metrics:
         loop = SftLoop(
             config=config,

@@ -1,7 +1,8 @@
-"""Fill the parameters of one rank from whole Hugging Face tensors: from a reader, or at random."""
+"""Fill parameters from the rows of other parameters: read from files, or drawn at random."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,34 +10,51 @@ from torch import Tensor
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.errors import WeightError
 from osft_mcore.weights.execute import shape_mismatches, zero_rows
-from osft_mcore.weights.layout import Layout
+from osft_mcore.weights.layout import Layout, Layouts
 from osft_mcore.weights.params import hf_layouts, hf_tensors
-from osft_mcore.weights.plan import make_plan
+from osft_mcore.weights.plan import Copy, Padding, make_plan
 
-Rows = Callable[[str, int, int, int], Tensor]
-"""(tensor, dim, first row, number of rows) -> those rows."""
+Rows = Callable[[Copy], Tensor]
+"""The rows that a copy takes from its source."""
 
 
-@torch.no_grad()
 def fill(
     params: Mapping[str, Tensor],
     layouts: Mapping[str, Layout],
-    sources: Mapping[str, Layout],
+    sources: Layouts,
     rows: Rows,
+    *,
+    rank: int = 0,
 ) -> None:
-    """Fill `params` from `sources`, asking for each source tensor in one go.
+    """Fill `params`, one after the other; padding becomes zero. Not collective.
 
-    Raises WeightError if the parameters do not fit the layouts or rows have no source.
+    Where several sources hold the same rows, source `rank` is preferred. Raises WeightError if the
+    parameters do not fit the layouts or rows have no source.
     """
-    plan = make_plan({0: sources}, {0: layouts})
-    problems = shape_mismatches("target", plan.target_shapes[0], params)
+    shapes = {name: layout.shape for name, layout in layouts.items()}
+    problems = shape_mismatches("target", shapes, params)
     if problems:
         raise WeightError("\n".join(problems))
-    for padding in plan.paddings:
-        zero_rows(params[padding.param], padding)
-    for copy in sorted(plan.copies, key=lambda copy: copy.src_param):
-        values = rows(copy.src_param, copy.dim, copy.src_start, copy.length)
-        params[copy.dst_param].narrow(copy.dim, copy.dst_start, copy.length).copy_(values)
+    for name, parts in _parts(layouts, sources, rank):
+        _write(params[name], parts, rows)
+
+
+def filled(
+    layouts: Mapping[str, Layout],
+    sources: Layouts,
+    rows: Rows,
+    *,
+    dtype: Callable[[str], torch.dtype],
+    rank: int = 0,
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `layouts` in order, new and on the CPU; only one exists at a time.
+
+    `dtype` says which dtype a parameter gets. Errors and `rank` as in `fill`.
+    """
+    for name, parts in _parts(layouts, sources, rank):
+        param = torch.empty(layouts[name].shape, dtype=dtype(name), device="cpu")
+        _write(param, parts, rows)
+        yield name, param
 
 
 def random_into(
@@ -48,15 +66,39 @@ def random_into(
     zero, the rest normal with standard deviation shape.init_std. Not collective.
     """
     sizes = hf_tensors(shape)
+    # All parts of a tensor that one parameter takes come one after the other.
     last: dict[str, Tensor] = {}
 
-    def rows(name: str, dim: int, start: int, length: int) -> Tensor:
+    def rows(copy: Copy) -> Tensor:
+        name = copy.src_param
         if name not in last:
             last.clear()
             last[name] = _random_tensor(name, sizes[name], seed, shape.init_std)
-        return last[name].narrow(dim, start, length)
+        return last[name].narrow(copy.dim, copy.src_start, copy.length)
 
-    fill(params, layouts, hf_layouts(shape), rows)
+    fill(params, layouts, {0: hf_layouts(shape)}, rows)
+
+
+def _parts(
+    layouts: Mapping[str, Layout], sources: Layouts, rank: int
+) -> list[tuple[str, Sequence[Copy | Padding]]]:
+    """What each parameter is made of, ordered by where it comes from."""
+    plan = make_plan(sources, {rank: layouts})
+    parts: dict[str, list[Copy | Padding]] = defaultdict(list)
+    for padding in plan.paddings:
+        parts[padding.param].append(padding)
+    for copy in sorted(plan.copies, key=lambda copy: (copy.src_rank, copy.src_param)):
+        parts[copy.dst_param].append(copy)
+    return [(name, parts[name]) for name in layouts]
+
+
+@torch.no_grad()
+def _write(param: Tensor, parts: Sequence[Copy | Padding], rows: Rows) -> None:
+    for part in parts:
+        if isinstance(part, Padding):
+            zero_rows(param, part)
+        else:
+            param.narrow(part.dim, part.dst_start, part.length).copy_(rows(part))
 
 
 def _random_tensor(name: str, size: tuple[int, ...], seed: int, std: float) -> Tensor:

@@ -16,6 +16,7 @@ from osft_mcore.errors import WeightError
 from osft_mcore.weights.fill import fill
 from osft_mcore.weights.layout import Layout
 from osft_mcore.weights.params import OUTPUT, hf_layouts, hf_tensors
+from osft_mcore.weights.plan import Copy
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -66,12 +67,13 @@ def load_into(
     with ExitStack() as stack:
         files = {path: stack.enter_context(_opened(path)) for path in set(index.values())}
 
-        def rows(name: str, dim: int, start: int, length: int) -> Tensor:
-            view, stop = files[index[name]].get_slice(name), start + length
-            part: Tensor = view[start:stop] if dim == 0 else view[:, start:stop]
+        def rows(copy: Copy) -> Tensor:
+            view = files[index[copy.src_param]].get_slice(copy.src_param)
+            start, stop = copy.src_start, copy.src_start + copy.length
+            part: Tensor = view[start:stop] if copy.dim == 0 else view[:, start:stop]
             return part
 
-        fill(params, layouts, hf_layouts(shape), rows)
+        fill(params, layouts, {0: hf_layouts(shape)}, rows)
 
 
 def save_hf(

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: training state, and weights in the formats of others."""
