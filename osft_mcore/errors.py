@@ -43,3 +43,15 @@ class GradingError(OsftError):
     """Grading that cannot be trusted: no worker, or too many answers left undecided."""
 
     exit_code = 6
+
+
+class NonFiniteError(OsftError):
+    """Loss or gradient that is NaN or infinite, update after update."""
+
+    exit_code = 7
+
+
+class CheckpointError(OsftError):
+    """A checkpoint that cannot be written, or none that a run could go on from."""
+
+    exit_code = 8

@@ -1,8 +1,10 @@
 """The trained model on this rank: weights, forward and backward, optimizer updates."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,15 @@ from torch import Tensor
 
 from osft_mcore.actor.batching import MicroBatch, micro_batches
 from osft_mcore.actor.megatron_layout import actor_layouts
-from osft_mcore.actor.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+from osft_mcore.actor.optimizer import (
+    build_optimizer,
+    gradient_norm,
+    set_learning_rate,
+    take_step,
+    wrap_data_parallel,
+)
+from osft_mcore.actor.restore import restore
+from osft_mcore.actor.training_state import StateTensor, adam_step, set_adam_step, training_state
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from osft_mcore.loss.vocab_parallel import token_statistics
@@ -42,6 +52,13 @@ class UpdateResult:
     """Response tokens in the loss."""
     agreement: "Agreement | None"
     """Present when the examples carry the rollout engine's log-probabilities."""
+    not_finite: str = ""
+    """What was NaN or infinite, on any rank; empty if nothing was."""
+
+    @property
+    def skipped(self) -> bool:
+        """True if weights and optimizer were therefore left as they are."""
+        return bool(self.not_finite)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +88,9 @@ class Actor:
         algorithm: AlgorithmConfig,
         max_response_tokens: int,
         seed: int,
+        checkpoint: Path | None = None,
     ) -> None:
+        """`checkpoint`: take weights and optimizer from there instead of from the model."""
         self.shape, self.context = shape, context
         self.model, self.train, self.algorithm = model, train, algorithm
         self.max_response_tokens = max_response_tokens
@@ -91,7 +110,8 @@ class Actor:
             vocab_multiple=model.vocab_multiple,
             transformer_engine=uses_transformer_engine(),
         )
-        self._load_weights(seed)
+        if checkpoint is None:
+            self._load_weights(seed)
         with megatron_device():
             self.wrapped = [
                 wrap_data_parallel(chunk, distributed_optimizer=distributed)
@@ -100,6 +120,15 @@ class Actor:
             self.optimizer = build_optimizer(
                 self.wrapped, train, dtype=self.dtype, distributed_optimizer=distributed
             )
+        if checkpoint is not None:
+            layouts = self.layouts[context.rank]
+            restore(self.training_state(), layouts, self.shard, checkpoint)
+
+    @property
+    def shard(self) -> int:
+        """Which of the model's tp * pp shards this rank holds."""
+        place = self.context.coordinates
+        return place.pp_rank * self.context.topology.tp + place.tp_rank
 
     def parameters(self) -> dict[str, Tensor]:
         """This rank's live parameters, by the names of its layouts."""
@@ -110,21 +139,48 @@ class Actor:
         }
 
     def update(self, examples: Sequence[Example], *, tau_sample: float, lr: float) -> UpdateResult:
-        """One optimizer update on the whole batch `examples`, which every rank passes alike."""
+        """One optimizer update on the whole batch `examples`, which every rank passes alike.
+
+        No rank takes the step if the loss or a gradient is not finite on one of them.
+        """
         set_learning_rate(self.optimizer, lr)
         with megatron_device():
             for chunk in self.wrapped:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             parts = self._forward_backward(examples, tau_sample=tau_sample, forward_only=False)
-            _success, grad_norm, _num_zeros = self.optimizer.step()
-        return self._result(parts, grad_norm=float(grad_norm or 0.0))
+            grad_norm = gradient_norm(self.optimizer)
+            result = self._result(parts, grad_norm=grad_norm)
+            if not result.skipped:
+                take_step(self.optimizer, grad_norm=grad_norm)
+        return result
 
     def score(self, examples: Sequence[Example], *, tau_sample: float) -> UpdateResult:
         """The same statistics without training."""
         with megatron_device(), torch.no_grad():
             parts = self._forward_backward(examples, tau_sample=tau_sample, forward_only=True)
         return self._result(parts, grad_norm=0.0)
+
+    def training_state(self) -> list[StateTensor]:
+        """The live tensors of weights and optimizer that this rank holds."""
+        named = {
+            chunk_prefix(number, len(self.chunks)) + name: parameter
+            for number, chunk in enumerate(self.chunks)
+            for name, parameter in chunk.named_parameters()
+        }
+        place = self.context.coordinates
+        return training_state(
+            self.optimizer, named, dp=self.context.topology.dp, dp_rank=place.dp_rank
+        )
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that Adam has made; its bias correction depends on it."""
+        return adam_step(self.optimizer)
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        set_adam_step(self.optimizer, value)
 
     def _load_weights(self, seed: int) -> None:
         parameters = self.parameters()
@@ -189,8 +245,11 @@ class Actor:
         return loss, num_tokens, sums
 
     def _result(self, parts: list["_Sums"], *, grad_norm: float) -> UpdateResult:
-        totals, peaks = self._reduce(parts)
-        loss, nll, entropy, num_tokens, diff, num_compared = totals.tolist()
+        totals, peaks = self._reduce(parts, grad_norm=grad_norm)
+        loss, nll, entropy, num_tokens, diff, num_compared, broken_norm = totals.tolist()
+        if broken_norm:
+            # Perhaps another rank's: copies of the model are reduced alike, but may break alone.
+            grad_norm = broken_norm
         agreement = None
         if num_compared:
             agreement = Agreement(mean=diff / num_compared, max_by_replica=tuple(peaks.tolist()))
@@ -201,23 +260,33 @@ class Actor:
             grad_norm=grad_norm,
             num_tokens=int(num_tokens),
             agreement=agreement,
+            not_finite=_not_finite({"loss": loss, "gradient norm": grad_norm}),
         )
 
-    def _reduce(self, parts: list["_Sums"]) -> tuple[Tensor, Tensor]:
-        """Sums and maxima over micro-batches and ranks; each token counted once."""
+    def _reduce(self, parts: list["_Sums"], *, grad_norm: float) -> tuple[Tensor, Tensor]:
+        """Sums and maxima over micro-batches and ranks; each token counted once.
+
+        One more total is 0 if `grad_norm` is finite on all ranks, else NaN or infinity.
+        """
         context = self.context
-        totals = torch.zeros(_NUM_TOTALS, dtype=torch.float64, device=context.device)
+        totals = torch.zeros(_NUM_TOTALS + 1, dtype=torch.float64, device=context.device)
         peaks = torch.zeros(context.topology.num_replicas, device=context.device)
         if context.is_last_stage and context.coordinates.tp_rank == 0:
             for part in parts:
-                totals += part.totals
+                totals[:_NUM_TOTALS] += part.totals
                 peaks = torch.maximum(peaks, part.peaks)
+        totals[_NUM_TOTALS] = 0.0 if math.isfinite(grad_norm) else grad_norm
         dist.all_reduce(totals, group=context.world_group)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=context.world_group)
         return totals, peaks
 
 
 _NUM_TOTALS = 6
+
+
+def _not_finite(figures: Mapping[str, float]) -> str:
+    broken = [(name, value) for name, value in figures.items() if not math.isfinite(value)]
+    return ", ".join(f"{name} is {value}" for name, value in broken)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

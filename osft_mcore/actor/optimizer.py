@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from torch import nn
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor, nn
 
 from osft_mcore.config.schema import TrainConfig
 
@@ -25,7 +26,8 @@ def wrap_data_parallel(chunk: nn.Module, *, distributed_optimizer: bool) -> Any:
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=distributed_optimizer,
             overlap_grad_reduce=False,
-            check_for_nan_in_grad=True,
+            # That check raises on one rank alone. `gradient_norm` sees the same, and all agree.
+            check_for_nan_in_grad=False,
         ),
         chunk,
     )
@@ -54,6 +56,7 @@ def build_optimizer(
         use_distributed_optimizer=distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(config, list(wrapped))
+    assert isinstance(optimizer, ChainedOptimizer), "dense models are trained by a chain of one"
     for group in optimizer.param_groups:
         # Megatron-Core leaves this to its scheduler, which is not used here.
         group["weight_decay"] = train.weight_decay * group["wd_mult"]
@@ -64,6 +67,48 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
     """Use `lr` from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: Any) -> float:
+    """Norm of the reduced gradients over the ranks that share a copy of the model.
+
+    Collective over them. NaN or infinity if one of their gradients is not finite, on this rank at
+    least: ranks that hold other copies need not know.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    # What several ranks hold is in the norm once; a fault may be in another rank's copy.
+    largest = [gradient.abs().amax() for gradient in _left_out_of_norm(optimizer)]
+    if largest and not bool(torch.stack(largest).isfinite().all()):
+        return math.nan
+    return norm
+
+
+@torch.no_grad()
+def take_step(optimizer: Any, *, grad_norm: float) -> None:
+    """Clip by the norm that `gradient_norm` returned, and update the weights.
+
+    Together the two are what the optimizer's own `step` does, which asks nobody in between.
+    Collective over all ranks.
+    """
+    for part in optimizer.chained_optimizers:
+        if parameters := part.get_parameters():
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=grad_norm
+            )
+    succeeded = optimizer.step_with_ready_grads()
+    assert succeeded, "only a loss scale, which is not used here, can make a step fail"
+
+
+def _left_out_of_norm(optimizer: Any) -> list[Tensor]:
+    return [
+        parameter.grad
+        for part in optimizer.chained_optimizers
+        for counted in [{id(gradient) for gradient in part.get_main_grads_for_grad_norm()}]
+        for parameter in part.get_parameters()
+        if parameter.grad is not None and id(parameter.grad) not in counted
+    ]
 
 
 def _finalize_without_rescaling(model: Any, _num_tokens: Any = None, **kwargs: Any) -> None:

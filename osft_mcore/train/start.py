@@ -1,6 +1,7 @@
 """The beginning of a run: its folder, its manifest, and what the console says."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -16,8 +17,10 @@ from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.train.inputs import data_hashes
 
 
-def build_actor(config: RunConfig, context: ParallelContext) -> Actor:
-    """The actor of this rank, weights loaded. Every rank must call."""
+def build_actor(
+    config: RunConfig, context: ParallelContext, checkpoint: Path | None = None
+) -> Actor:
+    """The actor of this rank, weights loaded; `checkpoint`: from there. Every rank must call."""
     return Actor(
         read_model_shape(config.model.path),
         context,
@@ -27,6 +30,7 @@ def build_actor(config: RunConfig, context: ParallelContext) -> Actor:
         algorithm=config.algorithm,
         max_response_tokens=config.rollout.max_response_tokens,
         seed=config.seed,
+        checkpoint=checkpoint,
     )
 
 

@@ -1,0 +1,72 @@
+"""Size and SHA-256 of every file of a checkpoint: what makes it whole."""
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from osft_mcore.errors import WeightError
+from osft_mcore.files import FileRecord, flush, json_bytes, record_of, write_file
+
+MANIFEST: Final = "manifest.json"
+
+
+def write_manifest(
+    folder: Path, files: Mapping[str, FileRecord], details: Mapping[str, Any]
+) -> None:
+    """Write `folder`/manifest.json; `files` by path within the folder."""
+    content = {
+        **details,
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "files": {
+            name: {"size": record.size, "sha256": record.sha256}
+            for name, record in sorted(files.items())
+        },
+    }
+    write_file(folder / MANIFEST, [json_bytes(content)])
+    flush(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, FileRecord]:
+    """The files that the manifest names. Raises WeightError if there is none, or it is damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise WeightError(f"{folder}: no {MANIFEST}, so this is not a complete checkpoint")
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        records = {
+            str(name): FileRecord(int(entry["size"]), str(entry["sha256"]))
+            for name, entry in files.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightError(f"{path} is damaged: {error!r}") from error
+    for name in records:
+        at = PurePosixPath(name)
+        if at.is_absolute() or ".." in at.parts:
+            raise WeightError(f"{path} names {name!r}, which is outside of the checkpoint")
+    return records
+
+
+def problems_of(folder: Path, *, hashes: bool) -> list[str]:
+    """What is not as the manifest says, one line a file; empty if the checkpoint is whole.
+
+    `hashes` reads every file; without, a changed file of the same size goes unnoticed.
+    """
+    try:
+        expected = read_manifest(folder)
+    except WeightError as error:
+        return [str(error)]
+    found = (_problem(folder / name, record, hashes) for name, record in expected.items())
+    return [problem for problem in found if problem]
+
+
+def _problem(path: Path, expected: FileRecord, hashes: bool) -> str:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != expected.size:
+        return f"{path} has {size} bytes, the manifest says {expected.size}"
+    if hashes and record_of(path).sha256 != expected.sha256:
+        return f"{path} was changed or damaged: its SHA-256 is not the manifest's"
+    return ""

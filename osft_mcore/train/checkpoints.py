@@ -1,0 +1,243 @@
+"""Saves the training state of a run while it goes on. Every rank calls every method."""
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.training_state import StateTensor
+from osft_mcore.checkpoint.background import BackgroundJob
+from osft_mcore.checkpoint.folder import prepare, sweep
+from osft_mcore.checkpoint.index import INDEX, Index, Piece, to_json
+from osft_mcore.checkpoint.save import Part, Rest, part_name, readable, write_part, write_rest
+from osft_mcore.config.schema import CheckpointConfig
+from osft_mcore.errors import CheckpointError
+from osft_mcore.files import json_bytes
+from osft_mcore.log.console import Console
+from osft_mcore.parallel.groups import all_gather_json
+from osft_mcore.parallel.rng import rng_state
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.weights.safetensors_stream import TensorSpec
+
+STATE: Final = "state.json"
+ROOM: Final = 1.02
+"""Index, state and tokenizer come on top of the tensors."""
+GRACE_S: Final = 5.0
+"""For rank 0, which waits for the others until the deadline, to say so."""
+
+
+class Checkpoints:
+    """Writes checkpoints of one actor into one folder, one at a time."""
+
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        actor: Actor,
+        side_files: Mapping[str, bytes],
+        console: Console,
+    ) -> None:
+        """`side_files` by path: what a checkpoint needs to be complete by itself. Collective.
+
+        Raises CheckpointError on every rank if the disk has no room for a single checkpoint.
+        """
+        self._root, self._config, self._actor, self._console = root, config, actor, console
+        self._job = BackgroundJob(background=config.async_)
+        self._host: list[Tensor] = []
+        self._failures = 0
+        self._pending: int | None = None
+        self._deadline = 0.0
+        state = self._owned()
+        self._specs = [_spec(tensor, actor.shard) for tensor in state]
+        pieces, sizes = self._gather_pieces(state)
+        self._num_bytes = sum(sizes)
+        self._contents = {
+            INDEX: json_bytes(to_json(_index(actor, pieces))),
+            **{f"model/{name}": content for name, content in side_files.items()},
+        }
+        problem = ""
+        if self._is_writer:
+            sweep(root)
+            problem = self._lacking_room()
+        if problem := self._together(problem):
+            raise CheckpointError(problem)
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Save what training has come to; on return it may go on. Collective over the world.
+
+        `state` is what the tensors do not say: JSON-able, the same on every rank. A save that
+        fails is reported and counted; CheckpointError on every rank after checkpoint.max_failures
+        in a row.
+        """
+        self.settle()
+        self._deadline = time.monotonic() + 60 * self._config.timeout_minutes
+        problem = "the save before this one still hangs" if self._job.running else ""
+        if self._is_writer and not problem:
+            problem = self._lacking_room() or self._prepare(step)
+        random_states = all_gather_json([problem, rng_state()], self._actor.context)
+        if problem := _joined(problem for problem, _ in random_states):
+            self._failed(step, problem)
+            return
+        content = json_bytes({"step": step, **state, "rng": [rng for _, rng in random_states]})
+        self._pending = step
+        self._job.start(partial(self._write, step, self._part(), content))
+        if not self._config.async_:
+            self.settle()
+
+    def save_now(self, step: int, state: Mapping[str, Any]) -> None:
+        """Save, and wait until it is done. CheckpointError on every rank if it failed."""
+        self.save(step, state)
+        self.settle()
+        if self._failures:
+            raise CheckpointError(f"step {step} could not be saved; see above")
+
+    def settle(self) -> None:
+        """Wait for the last save, and count it if it failed. Collective over the world."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        problem = self._job.wait(self._deadline + (GRACE_S if self._is_writer else 2 * GRACE_S))
+        if problem := self._together(problem):
+            self._failed(step, problem)
+        else:
+            self._failures = 0
+
+    @property
+    def _is_writer(self) -> bool:
+        return self._actor.context.rank == 0
+
+    def _failed(self, step: int, problem: str) -> None:
+        """The same on every rank."""
+        self._failures += 1
+        allowed = self._config.max_failures
+        text = f"checkpoint step_{step} was not saved: {problem}"
+        if self._failures >= allowed:
+            raise CheckpointError(
+                f"{text}\nfailed saves in a row: {self._failures} (checkpoint.max_failures = "
+                f"{allowed}); earlier checkpoints are untouched in {self._root}"
+            )
+        self._console.say(
+            f"WARNING: {text}\nearlier checkpoints are untouched; training goes on until "
+            f"checkpoint.max_failures = {allowed} in a row ({self._failures} so far)"
+        )
+
+    def _together(self, problem: str) -> str:
+        """All ranks' problems, each once. Collective over the world."""
+        return _joined(all_gather_json(problem, self._actor.context))
+
+    def _owned(self) -> list[StateTensor]:
+        return [tensor for tensor in self._actor.training_state() if tensor.owned]
+
+    def _gather_pieces(self, state: Sequence[StateTensor]) -> tuple[list[Piece], list[int]]:
+        mine = [[tensor.kind, tensor.param, tensor.start, tensor.stop] for tensor in state]
+        size = sum(spec.num_bytes for spec in self._specs)
+        told = all_gather_json([self._actor.shard, size, mine], self._actor.context)
+        pieces = [
+            Piece(file=part_name(rank), kind=kind, shard=shard, param=param, start=start, stop=stop)
+            for rank, (shard, _, entries) in enumerate(told)
+            for kind, param, start, stop in entries
+        ]
+        return pieces, [size for _, size, _ in told]
+
+    def _lacking_room(self) -> str:
+        """Why the disk cannot take another checkpoint; empty if it can."""
+        existing = next(path for path in (self._root, *self._root.parents) if path.exists())
+        free, needed = shutil.disk_usage(existing).free, int(ROOM * self._num_bytes)
+        if free >= needed:
+            return ""
+        return (
+            f"{self._root}: a checkpoint takes {readable(needed)}, but {readable(free)} are free; "
+            "make room, lower checkpoint.keep_last, or choose another output_dir"
+        )
+
+    def _prepare(self, step: int) -> str:
+        try:
+            prepare(self._root, step)
+        except OSError as error:
+            return f"{self._root}: {error.strerror}"
+        return ""
+
+    def _part(self) -> Part:
+        """This rank's share, as it is at this moment."""
+        live = [tensor.tensor for tensor in self._owned()]
+        context = self._actor.context
+        if self._config.async_:
+            self._copy_to_host(live)
+            host = self._host
+            return Part(file=part_name(context.rank), specs=self._specs, tensors=lambda: host)
+        return Part(file=part_name(context.rank), specs=self._specs, tensors=lambda: _on_host(live))
+
+    def _copy_to_host(self, live: Sequence[Tensor]) -> None:
+        pinned = self._actor.context.device.type == "cuda"
+        if not self._host:
+            self._host = [
+                torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+                for tensor in live
+            ]
+        for copy, tensor in zip(self._host, live, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        if pinned:
+            torch.cuda.synchronize()
+
+    def _write(self, step: int, part: Part, state: bytes) -> None:
+        """All of one rank's work; no other rank is spoken to but through files."""
+        started = time.monotonic()
+        building = self._root / f"step_{step}.tmp"
+        try:
+            write_part(building, part)
+            if not self._is_writer:
+                return
+            rest = Rest(
+                root=self._root,
+                step=step,
+                parts=[part_name(rank) for rank in range(self._actor.context.topology.world_size)],
+                contents={**self._contents, STATE: state},
+                details={"step": step},
+                keep_last=self._config.keep_last,
+                keep_every=self._config.keep_every,
+            )
+            target = write_rest(building, rest, deadline=self._deadline)
+        except CheckpointError:
+            if self._is_writer:
+                # What the others still write there fails too, which is what it should.
+                shutil.rmtree(building, ignore_errors=True)
+            raise
+        self._console.say(
+            f"saved {target} ({readable(self._num_bytes)}, {time.monotonic() - started:.1f} s)"
+        )
+
+
+def _index(actor: Actor, pieces: Sequence[Piece]) -> Index:
+    topology = actor.context.topology
+    places = topology.all_coordinates()
+    return Index(
+        topology=_sizes(topology),
+        layouts={
+            place.pp_rank * topology.tp + place.tp_rank: actor.layouts[place.rank]
+            for place in places
+        },
+        pieces=tuple(pieces),
+    )
+
+
+def _sizes(topology: Topology) -> dict[str, int]:
+    return {"tp": topology.tp, "pp": topology.pp, "vpp": topology.vpp, "dp": topology.dp}
+
+
+def _spec(state: StateTensor, shard: int) -> TensorSpec:
+    name = f"{state.kind}/{shard}/{state.param}"
+    return TensorSpec(name, state.tensor.dtype, tuple(state.tensor.shape))
+
+
+def _on_host(live: Iterable[Tensor]) -> Iterator[Tensor]:
+    return (tensor.cpu() for tensor in live)
+
+
+def _joined(problems: Iterable[str]) -> str:
+    return "\n".join(dict.fromkeys(problem for problem in problems if problem))

@@ -1,0 +1,132 @@
+"""Training states: saved by one layout, gone on from in any other, to the bit where it is the same."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import save_random_model
+from ranks import run_ranks
+
+from osft_mcore.actor.actor import Actor
+from osft_mcore.checkpoint.folder import checkpoints_in
+from osft_mcore.checkpoint.manifest import problems_of
+from osft_mcore.config.schema import (
+    CheckpointConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from osft_mcore.log.console import Console
+from osft_mcore.parallel.groups import join_groups
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.records import Example
+from osft_mcore.train.checkpoints import STATE, Checkpoints
+from osft_mcore.train.start import build_actor
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    dp: int = 1
+    distributed_optimizer: bool = True
+    dtype: str = "fp32"
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def config_of(model: Path, case: Case) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path=str(model), dtype=case.dtype),
+        parallel=ParallelConfig(
+            tp=case.tp, pp=case.pp, vpp=case.vpp, dp=case.dp,
+            distributed_optimizer=case.distributed_optimizer,
+        ),
+        train=TrainConfig(micro_batch_size=2, eps=1e-3),
+    )  # fmt: skip
+
+
+def batch(turn: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(turn)
+    tokens = torch.randint(0, 67, (8, 12), generator=generator).tolist()
+    return [
+        Example(prompt_token_ids=tuple(row[:5]), response_token_ids=tuple(row[5:])) for row in tokens
+    ]
+
+
+def train(actor: Actor, first: int, last: int) -> list[float]:
+    """Losses and gradient norms of updates first..last."""
+    results = [
+        actor.update(batch(turn), tau_sample=1.0, lr=1e-2 / (turn + 1))
+        for turn in range(first, last + 1)
+    ]
+    return [figure for result in results for figure in (result.loss, result.grad_norm)]
+
+
+def join(case: Case) -> Any:
+    return join_groups(Topology(tp=case.tp, pp=case.pp, vpp=case.vpp, dp=case.dp), device=CPU)
+
+
+def everything(actor: Actor) -> dict[str, torch.Tensor]:
+    return {f"{t.kind}/{t.param}/{t.start}": t.tensor.clone() for t in actor.training_state()}
+
+
+def save_and_go_on(rank: int, model: Path, root: Path, case: Case, background: bool) -> Any:
+    """Two updates, a save, and two more while the files are written; what these came to."""
+    actor = build_actor(config_of(model, case), join(case))
+    config = CheckpointConfig(async_=background)
+    checkpoints = Checkpoints(root, config, actor, {"config.json": b"{}"}, Console(enabled=False))
+    train(actor, 0, 1)
+    checkpoints.save(2, {"num_updates": actor.num_updates})
+    figures = train(actor, 2, 3)
+    checkpoints.settle()
+    return figures, everything(actor)
+
+
+def resume(rank: int, model: Path, folder: Path, case: Case) -> Any:
+    """The two later updates again, from the files."""
+    actor = build_actor(config_of(model, case), join(case), checkpoint=folder)
+    actor.num_updates = json.loads((folder / STATE).read_text())["num_updates"]
+    figures = train(actor, 2, 3)
+    return figures, everything(actor)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model(tmp_path_factory.mktemp("model"), tied=True, layers=4)
+
+
+CASES = {
+    "one rank": Case(),
+    "tp2": Case(tp=2),
+    "pp2 vpp2": Case(pp=2, vpp=2),
+    "dp2, sharded optimizer": Case(dp=2),
+    "dp2, whole optimizer": Case(dp=2, distributed_optimizer=False),
+    "tp2 bf16": Case(tp=2, dtype="bf16"),
+    "dp2 bf16": Case(dp=2, dtype="bf16"),
+    "dp2 bf16, whole optimizer": Case(dp=2, dtype="bf16", distributed_optimizer=False),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_same_layout_goes_on_to_the_bit(model: Path, tmp_path: Path, case: Case) -> None:
+    saved = run_ranks(
+        save_and_go_on, case.world, model=model, root=tmp_path, case=case, background=True
+    )
+    [folder] = checkpoints_in(tmp_path)
+    assert problems_of(folder, hashes=True) == []
+    resumed = run_ranks(resume, case.world, model=model, folder=folder, case=case)
+    for (figures, state), (again, state_again) in zip(saved, resumed, strict=True):
+        assert again == figures
+        assert state.keys() == state_again.keys()
+        for name, tensor in state.items():
+            assert torch.equal(tensor, state_again[name]), name
