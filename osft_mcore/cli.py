@@ -19,7 +19,7 @@ from osft_mcore.config.check import Phase, absent_files, check, model_is_here
 from osft_mcore.config.describe import describe
 from osft_mcore.config.load import load_config
 from osft_mcore.config.schema import RunConfig
-from osft_mcore.errors import ConfigError, OsftError
+from osft_mcore.errors import ConfigError, NothingLeft, OsftError, Stopped
 from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.parallel.world import (
     check_launch_environment,
@@ -147,8 +147,9 @@ def _run_rank(config: RunConfig, phase: Phase, topology: Topology) -> None:
             console = Console(enabled=context.rank == 0, progress=config.logging.progress)
             if phase == "train":
                 from osft_mcore.train.osft import run_osft
+                from osft_mcore.train.vllm import build_engine
 
-                run_osft(config, context, console)
+                run_osft(config, context, console, build_engine)
             else:
                 from osft_mcore.train.sft import run_sft
 
@@ -172,6 +173,9 @@ def _report(*errors: OsftError) -> int:
     """Print errors and return the exit code: whole from one rank of each host, the first line of
     each from the others, in case it is theirs alone."""
     for error in errors:
+        if isinstance(error, Stopped | NothingLeft) and local_rank() > 0:
+            # Every rank knows it, and none failed.
+            continue
         lines = error.problems if isinstance(error, ConfigError) else str(error).splitlines()
         if local_rank() == 0:
             text = "".join(f"  - {line}\n" for line in lines)

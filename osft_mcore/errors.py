@@ -55,3 +55,15 @@ class CheckpointError(OsftError):
     """A checkpoint that cannot be written, or none that a run could go on from."""
 
     exit_code = 8
+
+
+class Stopped(OsftError):
+    """Told to stop, the run has saved; the same command goes on from there."""
+
+    exit_code = 85
+
+
+class NothingLeft(OsftError):
+    """The run has done all its steps already."""
+
+    exit_code = 86

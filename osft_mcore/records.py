@@ -64,6 +64,8 @@ class Example:
     """Rollout replica that sampled it."""
     trained: bool = True
     """False keeps it out of the loss (an answer cut off by the token limit, if so chosen)."""
+    row: int | None = None
+    """Where data.train has it; None for sampled answers."""
 
     @property
     def num_tokens(self) -> int:

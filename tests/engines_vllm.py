@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
 # Importing costs more than everything else here. A forked rank imports nothing again, so the
@@ -18,6 +20,7 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 
+from osft_mcore.actor.actor import Actor
 from osft_mcore.config.schema import (
     DataConfig,
     ModelConfig,
@@ -26,13 +29,19 @@ from osft_mcore.config.schema import (
     RunConfig,
 )
 from osft_mcore.data.tokenizer import ChatTokenizer
+from osft_mcore.log.console import Console
+from osft_mcore.log.metrics import Clock, MetricsLog
+from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext, join_groups
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Example, Prompt, Response, Sampling
 from osft_mcore.rollout.engine import sample_seed
 from osft_mcore.rollout.vllm_cpu import prepare_environment
 from osft_mcore.rollout.vllm_engine import VllmEngine
-from osft_mcore.train.osft import build_engine
+from osft_mcore.train.edge import StepEdge
+from osft_mcore.train.loop import OsftLoop
+from osft_mcore.train.vllm import build_engine
+from osft_mcore.weights.sync import WeightSync
 
 if not current_platform.is_cpu():
     pytest.skip("these tests run vLLM's CPU build", allow_module_level=True)
@@ -101,6 +110,54 @@ def start_engine(config: RunConfig, context: ParallelContext) -> VllmEngine:
         eos_token_ids=frozenset(EOS_IDS), response_eos_id=EOS_IDS[0], hf_tokenizer=None
     )
     return build_engine(config, context, tokenizer)
+
+
+class NoEdge:
+    """Between two steps nothing is saved, and nobody asks to stop."""
+
+    def listening(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def stop_before(self, _num_done: int) -> None:
+        pass
+
+    def passed(self, _step: int, **_state: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def bare_loop(
+    config: RunConfig,
+    actor: Actor,
+    engine: VllmEngine,
+    sync: WeightSync,
+    *,
+    prompts: Sequence[Prompt],
+    num_steps: int,
+    out: Path,
+) -> OsftLoop:
+    """The real loop without files to read, evaluation or checkpoints. Collective."""
+    folder = RunFolder(out, writer=actor.context.rank == 0)
+    folder.create()
+    dist.barrier()
+    return OsftLoop(
+        config=config,
+        num_steps=num_steps,
+        num_done=0,
+        prompts=prompts,
+        actor=actor,
+        engine=engine,
+        sync=sync,
+        evaluator=None,
+        decode=str,
+        folder=folder,
+        metrics=MetricsLog(folder, config.logging, {}),
+        console=Console(enabled=False),
+        clock=Clock(),
+        edge=cast(StepEdge, NoEdge()),
+    )
 
 
 def examples_of(responses: Sequence[Response]) -> list[Example]:

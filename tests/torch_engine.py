@@ -6,19 +6,23 @@ import torch
 import transformers
 from torch import Tensor
 
-from osft_mcore.config.model_shape import ModelShape
+from osft_mcore.config.model_shape import model_shape
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.data.tokenizer import ChatTokenizer
 from osft_mcore.errors import WeightError
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
-from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Prompt, Response, Sampling
 from osft_mcore.rollout.engine import sample_seed, samples_whole_vocabulary
-from osft_mcore.weights.layout import Layout
+from osft_mcore.weights.layout import Layouts
 from osft_mcore.weights.params import hf_layouts
 
 
-def torch_engine_layouts(shape: ModelShape, topology: Topology) -> dict[int, Mapping[str, Layout]]:
-    """Every rank holds every Hugging Face tensor, whole."""
-    return dict.fromkeys(range(topology.world_size), hf_layouts(shape))
+def build_torch_engine(
+    config: RunConfig, context: ParallelContext, tokenizer: ChatTokenizer
+) -> "TorchEngine":
+    """In vLLM's place, for `run_osft`."""
+    stop = sorted(tokenizer.eos_token_ids)
+    return TorchEngine(config.model.path, stop_token_ids=stop, context=context)
 
 
 class TorchEngine:
@@ -37,6 +41,15 @@ class TorchEngine:
         self.context = context
         self.weight_version: int | None = None
         self.refusal: str | None = None
+
+    @property
+    def layouts(self) -> Layouts:
+        """Every rank holds every Hugging Face tensor, whole."""
+        shape = model_shape(self.model.config.to_dict(), source="config")
+        return dict.fromkeys(range(self.context.topology.world_size), hf_layouts(shape))
+
+    def close(self) -> None:
+        """Nothing to free."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Response]:
         """Replica r takes prompts r, r + num_replicas, ...; the ranks of a replica all sample."""

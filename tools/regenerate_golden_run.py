@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--start", action="store_true", help="train new weights to start from, too")
     arguments = parser.parse_args()
-    sys.path[:0] = [str(TESTS), str(TESTS / "dist")]
+    sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
     import conftest  # noqa: F401  (threads, offline)
     import test_golden_run as golden
 

@@ -1,6 +1,8 @@
 """The trained model on this rank: weights, forward and backward, optimizer updates."""
 
 import math
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +28,7 @@ from osft_mcore.actor.restore import restore
 from osft_mcore.actor.training_state import StateTensor, adam_step, set_adam_step, training_state
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
+from osft_mcore.errors import CheckpointError
 from osft_mcore.loss.vocab_parallel import token_statistics
 from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
@@ -95,6 +98,7 @@ class Actor:
         self.model, self.train, self.algorithm = model, train, algorithm
         self.max_response_tokens = max_response_tokens
         self.sequence_parallel = parallel.sequence_parallel
+        self._reader: tuple[threading.Event, float] | None = None
         self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
         distributed = parallel.distributed_optimizer
         self.chunks = build_chunks(
@@ -152,8 +156,26 @@ class Actor:
             grad_norm = gradient_norm(self.optimizer)
             result = self._result(parts, grad_norm=grad_norm)
             if not result.skipped:
+                self._wait_for_reader()
                 take_step(self.optimizer, grad_norm=grad_norm)
         return result
+
+    def hold_for(self, read: threading.Event, *, deadline: float) -> None:
+        """Somebody reads the training state: the next optimizer step waits until `read` is set.
+
+        `deadline` in seconds of time.monotonic(); then the step raises CheckpointError.
+        """
+        self._reader = (read, deadline)
+
+    def _wait_for_reader(self) -> None:
+        if self._reader is None:
+            return
+        (read, deadline), self._reader = self._reader, None
+        if not read.wait(max(0.0, deadline - time.monotonic())):
+            raise CheckpointError(
+                "the training state was not copied within checkpoint.timeout_minutes; is the host "
+                "out of memory?"
+            )
 
     def score(self, examples: Sequence[Example], *, tau_sample: float) -> UpdateResult:
         """The same statistics without training."""

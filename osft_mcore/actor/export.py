@@ -1,26 +1,33 @@
 """Writes the actor's weights as a Hugging Face folder that transformers and vLLM load."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from osft_mcore.actor.actor import Actor
+from osft_mcore.checkpoint.manifest import write_manifest
+from osft_mcore.files import flush, write_file
+from osft_mcore.weights.hf_writer import save_hf
 from osft_mcore.weights.params import hf_layouts
-from osft_mcore.weights.safetensors_io import save_hf
+from osft_mcore.weights.side_files import CARD, read_side_files
 from osft_mcore.weights.stream import make_portions, stream_tensors
 
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
-
-def export_hf(actor: Actor, folder: str | Path, *, max_shard_bytes: int, bucket_bytes: int) -> None:
+def export_hf(
+    actor: Actor,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int,
+    bucket_bytes: int,
+    card: str | None = None,
+) -> None:
     """Write `folder` as a whole: it appears under its name when every file is complete.
 
-    Every rank must call; rank 0 writes and holds at most one shard of the model at a time.
+    `card` becomes README.md; the base model's own is BASE_MODEL_README.md. Every rank must call;
+    rank 0 writes, and holds at most `max_shard_bytes` of tensors at a time, or the largest one.
     """
     target = Path(folder)
     building = target.with_name(target.name + ".tmp")
@@ -31,11 +38,26 @@ def export_hf(actor: Actor, folder: str | Path, *, max_shard_bytes: int, bucket_
         return
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    save_hf(building, tensors, shape=actor.shape, max_shard_bytes=max_shard_bytes)
-    _copy_side_files(Path(actor.model.path), building, dtype=actor.dtype)
+    files = save_hf(
+        building,
+        tensors,
+        shape=actor.shape,
+        dtype=actor.dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+    contents = read_side_files(actor.model.path, dtype=actor.dtype, derived=True)
+    if card is not None:
+        contents[CARD] = card.encode()
+    for name, content in contents.items():
+        path = building / name
+        path.parent.mkdir(exist_ok=True)
+        files[name] = write_file(path, [content])
+        flush(path.parent)
+    write_manifest(building, files, {})
     if target.exists():
         shutil.rmtree(target)
     os.replace(building, target)
+    flush(target.parent)
 
 
 def _gather(
@@ -61,14 +83,3 @@ def _gather(
         device=context.device,
     ):
         yield name, tensor.cpu()
-
-
-def _copy_side_files(source: Path, target: Path, *, dtype: torch.dtype) -> None:
-    """Tokenizer, generation config, chat template: everything of the base model but weights."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name != "config.json":
-            shutil.copyfile(path, target / path.name)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

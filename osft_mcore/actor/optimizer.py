@@ -1,7 +1,7 @@
 """Megatron-Core's distributed data parallel wrapper and optimizer, set up for this project."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
 from osft_mcore.config.schema import TrainConfig
+from osft_mcore.weights.finite import all_finite
 
 
 def wrap_data_parallel(chunk: nn.Module, *, distributed_optimizer: bool) -> Any:
@@ -79,8 +80,7 @@ def gradient_norm(optimizer: Any) -> float:
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     # What several ranks hold is in the norm once; a fault may be in another rank's copy.
-    largest = [gradient.abs().amax() for gradient in _left_out_of_norm(optimizer)]
-    if largest and not bool(torch.stack(largest).isfinite().all()):
+    if math.isfinite(norm) and not all_finite(_left_out_of_norm(optimizer)):
         return math.nan
     return norm
 
@@ -101,14 +101,12 @@ def take_step(optimizer: Any, *, grad_norm: float) -> None:
     assert succeeded, "only a loss scale, which is not used here, can make a step fail"
 
 
-def _left_out_of_norm(optimizer: Any) -> list[Tensor]:
-    return [
-        parameter.grad
-        for part in optimizer.chained_optimizers
-        for counted in [{id(gradient) for gradient in part.get_main_grads_for_grad_norm()}]
-        for parameter in part.get_parameters()
-        if parameter.grad is not None and id(parameter.grad) not in counted
-    ]
+def _left_out_of_norm(optimizer: Any) -> Iterator[Tensor]:
+    for part in optimizer.chained_optimizers:
+        counted = {id(gradient) for gradient in part.get_main_grads_for_grad_norm()}
+        for parameter in part.get_parameters():
+            if parameter.grad is not None and id(parameter.grad) not in counted:
+                yield parameter.grad
 
 
 def _finalize_without_rescaling(model: Any, _num_tokens: Any = None, **kwargs: Any) -> None:

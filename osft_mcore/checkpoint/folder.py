@@ -2,16 +2,18 @@
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from osft_mcore.checkpoint.manifest import MANIFEST, problems_of
+from osft_mcore.checkpoint.manifest import MANIFEST
 from osft_mcore.files import flush, rename, replace_file
 
 LATEST: Final = "latest"
 """Names the newest checkpoint, for people and scripts; resuming looks at the folders themselves."""
+STATE: Final = "state.json"
+"""What the tensors of a training checkpoint do not say."""
 _BUILDING: Final = ".tmp"
 _DELETING: Final = ".deleting"
 _SET_ASIDE: Final = ".unused"
@@ -41,11 +43,11 @@ def checkpoints_in(root: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def newest_whole(folders: Iterable[Path], *, hashes: bool) -> Newest:
-    """The first of `folders` that is as its manifest says; `hashes`: read every file for that."""
+def newest_whole(folders: Iterable[Path], problems_of: Callable[[Path], list[str]]) -> Newest:
+    """The first of `folders` that has no problems."""
     skipped: list[str] = []
     for folder in folders:
-        problems = problems_of(folder, hashes=hashes)
+        problems = problems_of(folder)
         if not problems:
             return Newest(folder, tuple(skipped))
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

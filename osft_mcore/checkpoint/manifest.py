@@ -16,7 +16,13 @@ def write_manifest(
     folder: Path, files: Mapping[str, FileRecord], details: Mapping[str, Any]
 ) -> None:
     """Write `folder`/manifest.json; `files` by path within the folder."""
-    content = {
+    write_file(folder / MANIFEST, [json_bytes(manifest_content(files, details))])
+    flush(folder)
+
+
+def manifest_content(files: Mapping[str, FileRecord], details: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest of `files` says."""
+    return {
         **details,
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "files": {
@@ -24,8 +30,6 @@ def write_manifest(
             for name, record in sorted(files.items())
         },
     }
-    write_file(folder / MANIFEST, [json_bytes(content)])
-    flush(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
@@ -48,16 +52,24 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     return records
 
 
-def problems_of(folder: Path, *, hashes: bool) -> list[str]:
+def read_details(folder: Path) -> dict[str, Any]:
+    """What the manifest says beside the files."""
+    value = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return {key: value[key] for key in value if key not in ("written", "files")}
+
+
+def problems_of(folder: Path, *, hashes: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is not as the manifest says, one line a file; empty if the checkpoint is whole.
 
-    `hashes` reads every file; without, a changed file of the same size goes unnoticed.
+    `hashes` reads every file; without, a changed file of the same size goes unnoticed. `share`
+    (i, n) looks at every n-th file from the i-th on, so that n ranks look at all of them.
     """
     try:
         expected = read_manifest(folder)
     except WeightError as error:
         return [str(error)]
-    found = (_problem(folder / name, record, hashes) for name, record in expected.items())
+    mine = list(expected.items())[share[0] :: share[1]]
+    found = (_problem(folder / name, record, hashes) for name, record in mine)
     return [problem for problem in found if problem]
 
 

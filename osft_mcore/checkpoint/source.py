@@ -1,26 +1,18 @@
 """Reads rows of weights and of optimizer state from a checkpoint's files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from osft_mcore.checkpoint.index import INDEX, Index, Kind, Piece, from_json
 from osft_mcore.errors import WeightError
-from osft_mcore.weights.layout import Layouts
+from osft_mcore.weights.layout import Layout, Layouts
 from osft_mcore.weights.plan import Copy
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+from osft_mcore.weights.safetensors_read import FLOATS, StoredTensor, read_elements, read_header
 
 
 def read_index(folder: Path) -> Index:
@@ -30,6 +22,13 @@ def read_index(folder: Path) -> Index:
         return from_json(json.loads(path.read_text(encoding="utf-8")), path)
     except (OSError, ValueError) as error:
         raise WeightError(f"{path} cannot be read: {error}") from error
+
+
+def shape_of(piece: Piece, layouts: Mapping[str, Layout]) -> tuple[int, ...]:
+    """A piece's shape in its file; `layouts` are those of its shard."""
+    shape = layouts[piece.param].shape
+    num_elements = piece.stop - piece.start
+    return shape if num_elements == prod(shape) else (num_elements,)
 
 
 class CheckpointSource:
@@ -45,6 +44,7 @@ class CheckpointSource:
             shard: {name: at for name, at in layouts.items() if (shard, name) in self._pieces}
             for shard, layouts in index.layouts.items()
         }
+        self._headers: dict[Path, dict[str, StoredTensor]] = {}
         self._whole: dict[tuple[int, str], Tensor] = {}
 
     @property
@@ -55,11 +55,10 @@ class CheckpointSource:
     def dtype(self, shard: int, param: str) -> torch.dtype:
         """As in the file."""
         piece = self._pieces[shard, param][0]
-        with _opened(self._folder / piece.file) as file:
-            name: str = _slice(file, piece).get_dtype()
-        if name not in _DTYPES:
+        name = self._stored(piece).dtype
+        if name not in FLOATS:
             raise WeightError(f"{self._folder / piece.file}: {piece.tensor!r} is {name}")
-        return _DTYPES[name]
+        return FLOATS[name]
 
     def rows(self, copy: Copy) -> Tensor:
         """See `WeightSource`."""
@@ -77,46 +76,26 @@ class CheckpointSource:
         return self._whole[shard, param].narrow(copy.dim, copy.src_start, copy.length)
 
     def _elements(self, shard: int, param: str, start: int, stop: int) -> Tensor:
-        shape = self._layouts[shard][param].shape
         parts = []
         for piece in self._pieces[shard, param]:
             low, high = max(start, piece.start), min(stop, piece.stop)
             if low < high:
-                parts.append(_read(self._folder / piece.file, piece, shape, low, high))
+                path, first = self._folder / piece.file, piece.start
+                parts.append(read_elements(path, self._stored(piece), low - first, high - first))
         if not parts:
             return torch.empty(0)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-
-def _read(path: Path, piece: Piece, shape: Sequence[int], low: int, high: int) -> Tensor:
-    """Elements low:high of the parameter, flat, from the piece that has them."""
-    whole = piece.start == 0 and piece.stop == prod(shape)
-    # Opened for every read: what a mapping has touched counts as memory until it is closed.
-    with _opened(path) as file:
-        view = _slice(file, piece)
-        expected = list(shape) if whole else [piece.stop - piece.start]
-        if view.get_shape() != expected:
+    def _stored(self, piece: Piece) -> StoredTensor:
+        """A piece as its file's header describes it."""
+        path = self._folder / piece.file
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        stored = self._headers[path].get(piece.tensor)
+        if stored is None:
+            raise WeightError(f"{path} holds no {piece.tensor!r}")
+        if stored.shape != (expected := shape_of(piece, self._layouts[piece.shard])):
             raise WeightError(
-                f"{path}: {piece.tensor!r} has shape {view.get_shape()}, the index says {expected}"
+                f"{path}: {piece.tensor!r} has shape {stored.shape}, the index says {expected}"
             )
-        if whole:
-            row = prod(shape[1:])
-            first, last = low // row, -(-high // row)
-            part: Tensor = view[first:last].reshape(-1)[low - first * row : high - first * row]
-        else:
-            part = view[low - piece.start : high - piece.start]
-        return part
-
-
-def _slice(file: Any, piece: Piece) -> Any:
-    try:
-        return file.get_slice(piece.tensor)
-    except SafetensorError as error:
-        raise WeightError(f"{piece.file} holds no {piece.tensor!r}: {error}") from error
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise WeightError(f"{path} is not a complete safetensors file: {error}") from error
+        return stored

@@ -7,7 +7,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
 
-from osft_mcore.config.model_shape import FAMILIES, ModelShape, padded_vocab, read_model_shape
+from osft_mcore.config.divide import divides, divisors, listed, nearest, tensor_parallel_problems
+from osft_mcore.config.duration import seconds
+from osft_mcore.config.model_shape import FAMILIES, ModelShape, read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.errors import ConfigError
 
@@ -15,8 +17,7 @@ Phase = Literal["train", "sft"]
 
 CPU_HEAD_DIMS: Final = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """vLLM 0.32.0, v1/attention/backends/cpu_attn.py, get_supported_head_sizes."""
-VOCAB_PADDING: Final = 64
-"""vLLM's DEFAULT_VOCAB_PADDING_SIZE."""
+RESUME: Final = "auto, never, or the path of a checkpoint or of a run"
 
 
 def check(
@@ -38,7 +39,7 @@ def check(
     problems = [
         *_numbers(config),
         *_unset(config, phase),
-        *(_absent_data(config) if need_files else ()),
+        *(_absent_inputs(config) if need_files else ()),
         *_world(config, world_size),
         *_batches(config, phase),
         *_optional_parts(config, phase),
@@ -93,6 +94,11 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         yield f"train.lr_min_ratio: found {config.train.lr_min_ratio:g}, expected at most 1"
     if not 0 <= config.seed < 2**32:
         yield f"seed: found {config.seed}, expected 0 or more and below 2**32"
+    if config.checkpoint.stop_after is not None:
+        try:
+            seconds(config.checkpoint.stop_after)
+        except ValueError as error:
+            yield f"checkpoint.stop_after: {error}"
 
 
 def _sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
@@ -112,8 +118,11 @@ def _sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
         ("train.prompts_per_step", config.train.prompts_per_step),
         ("train.prompts_per_update", config.train.prompts_per_update),
         ("train.micro_batch_size", config.train.micro_batch_size),
+        ("train.max_skipped_updates", config.train.max_skipped_updates),
         ("evaluation.num_samples", config.evaluation.num_samples),
         ("evaluation.grader_workers", config.evaluation.grader_workers),
+        ("checkpoint.keep_last", config.checkpoint.keep_last),
+        ("checkpoint.max_failures", config.checkpoint.max_failures),
         ("sync.bucket_mib", config.sync.bucket_mib),
         ("logging.every", config.logging.every),
     )
@@ -141,6 +150,7 @@ def _positive(config: RunConfig) -> Iterable[tuple[str, float]]:
         ("parallel.timeout_minutes", config.parallel.timeout_minutes),
         ("train.eps", config.train.eps),
         ("evaluation.grader_timeout_s", config.evaluation.grader_timeout_s),
+        ("checkpoint.timeout_minutes", config.checkpoint.timeout_minutes),
         ("checkpoint.max_shard_gib", config.checkpoint.max_shard_gib),
         *((name, limit) for name, limit in limits if limit is not None),
     )
@@ -158,13 +168,14 @@ def _non_negative(config: RunConfig) -> Iterable[tuple[str, float]]:
         ("evaluation.temperature", config.evaluation.temperature),
         *(("evaluation.baseline_temperatures", t) for t in config.evaluation.baseline_temperatures),
         ("checkpoint.every", config.checkpoint.every),
+        ("checkpoint.keep_every", config.checkpoint.keep_every),
     )
 
 
 def absent_files(config: RunConfig) -> list[str]:
     """Files that the config names and this machine does not have, each with its option."""
     model = config.model.path
-    absent = list(_absent_data(config))
+    absent = list(_absent_inputs(config))
     if model and not model_is_here(config):
         absent.insert(0, f"model.path: no config.json in {model!r}")
     return absent
@@ -186,9 +197,11 @@ def _unset(config: RunConfig, phase: Phase) -> Iterator[str]:
         yield "data.response_key: not set; expected a column name"
     if not config.output_dir:
         yield "output_dir: not set; expected the folder that the run writes"
+    if not config.checkpoint.resume:
+        yield f"checkpoint.resume: not set; expected {RESUME}"
 
 
-def _absent_data(config: RunConfig) -> Iterator[str]:
+def _absent_inputs(config: RunConfig) -> Iterator[str]:
     if config.data.train and not Path(config.data.train).is_file():
         yield f"data.train: {config.data.train!r} is not a file; expected a parquet file"
     for file in config.evaluation.files:
@@ -197,6 +210,9 @@ def _absent_data(config: RunConfig) -> Iterator[str]:
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         yield f"data.chat_template: {template!r} is not a file; expected a Jinja template"
+    resume = config.checkpoint.resume
+    if resume not in ("", "auto", "never") and not Path(resume).is_dir():
+        yield f"checkpoint.resume: {resume!r} is not a folder; expected {RESUME}"
 
 
 def _world(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -220,10 +236,10 @@ def _world(config: RunConfig, world_size: int | None) -> Iterator[str]:
 def _rollout_world(config: RunConfig, world_size: int | None) -> Iterator[str]:
     parallel, tp = config.parallel, config.rollout.tp
     world = parallel.tp * parallel.pp * parallel.dp if world_size is None else world_size
-    if world >= 1 and not _divides(tp, world):
+    if world >= 1 and not divides(tp, world):
         yield (
             f"rollout.tp: {tp} does not divide the world of {world} processes; "
-            f"choose one of {_listed(divisors(world))}"
+            f"choose one of {listed(divisors(world))}"
         )
     elif tp > 0 and 0 < config.train.prompts_per_update < world // tp:
         yield (
@@ -237,11 +253,11 @@ def _batches(config: RunConfig, phase: Phase) -> Iterator[str]:
     train, dp = config.train, config.parallel.dp
     # Megatron-Core's interleaved schedule takes micro-batches in groups of the stages.
     group = config.parallel.pp if config.parallel.vpp > 1 else 1
-    if not _divides(train.prompts_per_update, train.prompts_per_step):
+    if not divides(train.prompts_per_update, train.prompts_per_step):
         near = nearest(train.prompts_per_update, divisors(train.prompts_per_step))
         yield (
             f"train.prompts_per_update: {train.prompts_per_update} does not divide "
-            f"train.prompts_per_step = {train.prompts_per_step}; nearest that do: {_listed(near)}"
+            f"train.prompts_per_step = {train.prompts_per_step}; nearest that do: {listed(near)}"
         )
     answers = config.rollout.num_samples if phase == "train" else 1
     sequences = sequences_per_update(config, phase)
@@ -274,13 +290,13 @@ def _batch_advice(config: RunConfig, sequences: int, answers: int, unit: int) ->
     step = unit // math.gcd(unit, answers)
     prompts = [n for n in divisors(train.prompts_per_step) if n % step == 0]
     if prompts:
-        near = _listed(nearest(train.prompts_per_update, prompts))
+        near = listed(nearest(train.prompts_per_update, prompts))
         advice = f"nearest train.prompts_per_update that works: {near}"
     else:
         advice = f"make train.prompts_per_step and prompts_per_update multiples of {step}"
     per_sequence = unit // train.micro_batch_size
     if sequences % per_sequence == 0:
-        micro = _listed(nearest(train.micro_batch_size, divisors(sequences // per_sequence)))
+        micro = listed(nearest(train.micro_batch_size, divisors(sequences // per_sequence)))
         advice += f"; nearest train.micro_batch_size that works: {micro}"
     return advice
 
@@ -306,32 +322,6 @@ def _actor_shape(config: RunConfig, shape: ModelShape) -> Iterator[str]:
         )
 
 
-def tensor_parallel_problems(option: str, tp: int, shape: ModelShape) -> Iterator[str]:
-    """Why Megatron-Core 0.16.1 (parallel.tp) or vLLM 0.32.0 (rollout.tp) cannot cut the model."""
-    near = nearest(tp, [n for n in divisors(shape.num_heads) if not any(_uncut(option, n, shape))])
-    for reason in _uncut(option, tp, shape):
-        yield f"{option}: {tp} {reason}; nearest that work: {_listed(near)}"
-
-
-def _uncut(option: str, tp: int, shape: ModelShape) -> Iterator[str]:
-    heads, kv_heads, ffn = shape.num_heads, shape.num_kv_heads, shape.ffn
-    rows = (heads + 2 * kv_heads) * shape.head_dim
-    vocab = padded_vocab(shape.vocab, multiple=VOCAB_PADDING, tp=1)
-    if not _divides(tp, heads):
-        yield f"does not divide the model's {heads} attention heads"
-    if not _divides(tp, kv_heads) and not _divides(kv_heads, tp):
-        yield f"neither divides nor is a multiple of the model's {kv_heads} key-value heads"
-    elif option == "parallel.tp" and _divides(tp, heads) and not _divides(tp, rows):
-        yield (
-            f"does not divide the model's {rows} rows of query, key and value "
-            f"({heads} + 2 * {kv_heads} heads of {shape.head_dim}), which Megatron-Core cuts evenly"
-        )
-    if not _divides(tp, ffn):
-        yield f"does not divide the model's {ffn} feed-forward units"
-    if option == "rollout.tp" and not _divides(tp, vocab):
-        yield f"does not divide the {vocab} rows to which vLLM pads the vocabulary of {shape.vocab}"
-
-
 def _rollout_shape(config: RunConfig, shape: ModelShape, device: str) -> Iterator[str]:
     yield from tensor_parallel_problems("rollout.tp", config.rollout.tp, shape)
     family = FAMILIES[shape.model_type]
@@ -344,7 +334,7 @@ def _rollout_shape(config: RunConfig, shape: ModelShape, device: str) -> Iterato
     if device == "cpu" and shape.head_dim not in CPU_HEAD_DIMS:
         yield (
             f"model.path: the model's head_dim is {shape.head_dim}; vLLM's CPU build supports "
-            f"{_listed(CPU_HEAD_DIMS)}; choose another model or run on a GPU"
+            f"{listed(CPU_HEAD_DIMS)}; choose another model or run on a GPU"
         )
 
 
@@ -372,26 +362,3 @@ def _optional_parts(config: RunConfig, phase: Phase) -> Iterator[str]:
         )
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         yield "logging.wandb: the package wandb is not installed; install it or set it to false"
-
-
-def divisors(number: int) -> tuple[int, ...]:
-    """Positive divisors, ascending; none for numbers below 1."""
-    small = [n for n in range(1, math.isqrt(max(number, 0)) + 1) if number % n == 0]
-    return tuple(sorted({*small, *(number // n for n in small)}))
-
-
-def nearest(wanted: int, allowed: Iterable[int]) -> tuple[int, ...]:
-    """The neighbours of `wanted` in `allowed`: the closest below (or equal) and above."""
-    values = sorted(allowed)
-    below = [value for value in values if value <= wanted]
-    above = [value for value in values if value > wanted]
-    return (*below[-1:], *above[:1])
-
-
-def _divides(part: int, whole: int) -> bool:
-    """True also where a size is below 1: that is its own problem, reported once."""
-    return part < 1 or whole < 1 or whole % part == 0
-
-
-def _listed(values: Iterable[int]) -> str:
-    return ", ".join(str(value) for value in values)

@@ -50,9 +50,8 @@ def load_examples(
             messages = to_messages(
                 record[prompt_key], system_prompt=system_prompt, prompt_suffix=prompt_suffix
             )
-            examples.append(
-                _example(tokenizer.render(messages)[1], record[response_key], tokenizer)
-            )
+            prompt = tokenizer.render(messages)[1]
+            examples.append(_example(prompt, record[response_key], tokenizer, row=row))
         except ValueError as reason:
             problems.add(row, str(reason))
     problems.raise_if_any(table.num_rows)
@@ -67,10 +66,12 @@ def load_examples(
 
 
 def _example(
-    prompt_token_ids: tuple[int, ...], response: str | None, tokenizer: ChatTokenizer
+    prompt_token_ids: tuple[int, ...], response: str | None, tokenizer: ChatTokenizer, *, row: int
 ) -> Example:
     if not response or not response.strip():
         raise ValueError("no response")
     return Example(
-        prompt_token_ids=prompt_token_ids, response_token_ids=tokenizer.encode_response(response)
+        prompt_token_ids=prompt_token_ids,
+        response_token_ids=tokenizer.encode_response(response),
+        row=row,
     )

@@ -12,6 +12,16 @@ from transformers import AutoTokenizer
 from osft_mcore.errors import ConfigError
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""All that decides how text becomes tokens and which of them end an answer."""
 PROBE = "What is 1+1"
 """A template that does not render this text back loses the question."""
 
@@ -60,6 +70,11 @@ class ChatTokenizer:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.hf_tokenizer.encode(text, add_special_tokens=False))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Those of TOKENIZER_FILES that a model folder has."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def load_tokenizer(model_path: str | Path, chat_template: str | None) -> ChatTokenizer:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from osft_mcore.errors import DataError, GradingError
 from osft_mcore.evaluation.grading import Grade, Grader, GradeStatus
@@ -133,6 +133,33 @@ class Evaluator:
             return None
         answers = self._grade(self._grader, responses)
         _refuse_undecided(answers, self._max_undecided)
+        return self._evaluation(step, temperature, answers, num_samples)
+
+    def recall(
+        self, step: int, temperature: float, rows: Sequence[Mapping[str, Any]]
+    ) -> Evaluation | None:
+        """The evaluation whose answers, as dicts, were kept; not collective.
+
+        None if they are not the answers to these problems, or of another number of samples.
+        """
+        num_samples = self._num_samples if temperature > 0 else 1
+        try:
+            answers = tuple(Answer(**row) for row in rows)
+        except TypeError:
+            return None
+        found = Counter((a.data_source, a.prompt_id, a.ground_truth) for a in answers)
+        expected = {
+            (source, prompt.prompt_id, prompt.ground_truth): num_samples
+            for source, prompts in self._problems.items()
+            for prompt in prompts
+        }
+        if found != expected:
+            return None
+        return self._evaluation(step, temperature, answers, num_samples)
+
+    def _evaluation(
+        self, step: int, temperature: float, answers: tuple[Answer, ...], num_samples: int
+    ) -> Evaluation:
         return Evaluation(
             step=step,
             temperature=temperature,

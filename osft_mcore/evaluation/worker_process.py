@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,16 +45,17 @@ class WorkerProcess:
         self._timeout_s = timeout_s
         # -P: a math_verify.py in the working directory must not be imported.
         module = "osft_mcore.evaluation.grading_worker"
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, str(timeout_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            env=_environment(),
-            # Ctrl-C in the terminal is for the parent to handle.
-            start_new_session=True,
-        )
+        with _stop_signals_blocked():
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(timeout_s)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                env=_environment(),
+                # Ctrl-C in the terminal is for the parent to handle.
+                start_new_session=True,
+            )
         assert self._process.stdin is not None, "stdin was asked to be a pipe"
         assert self._process.stdout is not None, "stdout was asked to be a pipe"
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
@@ -102,6 +105,20 @@ class WorkerProcess:
         self._process.wait()
         self._stdin.close()
         self._stdout.close()
+
+
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """A child started inside never sees SIGTERM and SIGUSR1, which Slurm may send to all processes
+    of a job: its parent needs it until the end of the step. It ends with its standard input.
+    """
+    # Children inherit what is blocked, from their first instruction on. What arrives here meanwhile
+    # is delivered afterwards.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _environment() -> dict[str, str]:

@@ -41,10 +41,15 @@ class Console:
         self._rich.print(table)
 
     @contextlib.contextmanager
-    def steps(self, name: str, total: int, *, every: int) -> Iterator["StepProgress"]:
-        """Progress over `total` steps; without a terminal a line every `every` steps."""
+    def steps(
+        self, name: str, total: int, *, every: int, done: int = 0
+    ) -> Iterator["StepProgress"]:
+        """Progress over `total` steps; without a terminal a line every `every` steps.
+
+        `done` steps were done before: they say nothing about how long the others take.
+        """
         if not self._bar:
-            yield StepProgress(self, None, name=name, total=total, every=every)
+            yield StepProgress(self, None, name=name, total=total, every=every, done=done)
             return
         columns = (
             TextColumn("[bold]{task.description}"),
@@ -55,19 +60,26 @@ class Console:
             TextColumn("{task.fields[status]}"),
         )
         with Progress(*columns, console=self._rich) as bar:
-            yield StepProgress(self, bar, name=name, total=total, every=every)
+            yield StepProgress(self, bar, name=name, total=total, every=every, done=done)
 
 
 class StepProgress:
     """Where a loop reports each step that it finished."""
 
     def __init__(
-        self, console: Console, bar: Progress | None, *, name: str, total: int, every: int
+        self,
+        console: Console,
+        bar: Progress | None,
+        *,
+        name: str,
+        total: int,
+        every: int,
+        done: int,
     ) -> None:
         self._console, self._bar = console, bar
-        self._name, self._total, self._every = name, total, every
+        self._name, self._total, self._every, self._done = name, total, every, done
         self._started = time.monotonic()
-        self._task = bar.add_task(name, total=total, status="") if bar else None
+        self._task = bar.add_task(name, total=total, completed=done, status="") if bar else None
 
     def finished(self, step: int, shown: Mapping[str, float]) -> None:
         """Step `step` (from 1) is done; `shown` are the few figures to print."""
@@ -76,7 +88,7 @@ class StepProgress:
             self._bar.update(self._task, completed=step, status=status)
         elif step % self._every == 0 or step == self._total:
             elapsed = time.monotonic() - self._started
-            left = elapsed / step * (self._total - step)
+            left = elapsed / (step - self._done) * (self._total - step)
             self._console.say(
                 f"{self._name} {step}/{self._total}  {status}  "
                 f"elapsed {elapsed:.0f}s, left {left:.0f}s"

@@ -12,8 +12,9 @@ from osft_mcore.log.run_folder import RunFolder
 class Clock:
     """Seconds per phase of a step and of the whole run."""
 
-    def __init__(self) -> None:
-        self.totals: dict[str, float] = {}
+    def __init__(self, totals: Mapping[str, float] | None = None) -> None:
+        """`totals` of earlier starts of the same run."""
+        self.totals = dict(totals or {})
         self._step: dict[str, float] = {}
 
     @contextmanager

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.cpu import megatron_device
@@ -75,6 +76,17 @@ def parallel_context(topology: Topology, *, timeout_minutes: float) -> Iterator[
         # Closing a rollout engine already takes the world down.
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[ParallelContext]:
+    """A world of this process and no other, on the CPU: to compute with a model, not to train."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield join_groups(Topology(tp=1, pp=1, dp=1), device=torch.device("cpu"))
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def join_groups(

@@ -9,43 +9,81 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from types import FrameType
 from typing import Final
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from osft_mcore.errors import NothingLeft, Stopped
 from osft_mcore.parallel.world import OWN_RUN_ID
 
-STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACEFUL: Final = (signal.SIGTERM, signal.SIGUSR1)
+"""Ask a run to save and stop."""
+AT_ONCE: Final = (signal.SIGINT, signal.SIGHUP)
+SAME_REQUEST_S: Final = 1.0
+"""Signals within this time are one request: Slurm, systemd and torchrun may signal every process of
+a job, while the launcher passes on what it got."""
+SAVED: Final = (Stopped.exit_code, NothingLeft.exit_code)
+"""Exit codes of ranks that tell a job script how to go on, and are no failure."""
 POLL_S: Final = 0.05
-GRACE_S: Final = 5.0
-"""A rank that has not ended this long after SIGTERM is killed."""
+PEERS_S: Final = 120.0
+"""A rank that has not ended this long after its peers said that they have saved is killed."""
+RANK_PROGRAM: Final = (sys.executable, "-m", "osft_mcore.cli")
 
 
-def launch(arguments: Sequence[str], *, num_processes: int) -> int:
-    """Run `python -m osft_mcore.cli *arguments` on `num_processes` ranks; returns the exit code.
+class _Received:
+    """What signals have asked of this launcher."""
+
+    def __init__(self) -> None:
+        self.stop = self.stop_at_once = 0
+        """The signal that asked for it; 0 if none did."""
+        self._stop_since = 0.0
+
+    def listen(self) -> None:
+        for number in (*GRACEFUL, *AT_ONCE):
+            # What the shell that started this ignores (nohup) stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number in GRACEFUL and not self.stop:
+            self.stop, self._stop_since = number, now
+        elif number in AT_ONCE or now - self._stop_since > SAME_REQUEST_S:
+            self.stop_at_once = self.stop_at_once or number
+
+
+def launch(
+    arguments: Sequence[str],
+    *,
+    num_processes: int,
+    program: Sequence[str] = RANK_PROGRAM,
+    peers_s: float = PEERS_S,
+) -> int:
+    """Run `*program *arguments` on `num_processes` ranks; returns the exit code.
 
     It is the code of the rank that failed, or 128 + signal where a signal ended that rank or this
-    launcher. When it returns, no rank is left. Ranks report their own errors; only a rank that
-    was killed could not, so that is said here. Keeps the signal handlers that it installs.
+    launcher; 85 or 86 if the ranks ended so. The first SIGTERM or SIGUSR1 is passed on to the
+    ranks; a second one, SIGINT or SIGHUP end all of them at once. When it returns, no rank is left.
+    Ranks report their own errors; only a rank that was killed could not, so that is said here.
+    Keeps the signal handlers that it installs.
     """
     # Here and not on rank 0, which would take the store along when it ends first.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    received: list[int] = []
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _frame: received.append(number))
+    received = _Received()
+    received.listen()
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(num_processes):
-            ranks.append(_start(arguments, rank, num_processes, store.port))
-        return _wait(ranks, received)
+            command = [*program, *arguments]
+            ranks.append(_start(command, rank, num_processes, store.port))
+        return _wait(ranks, received, peers_s)
     finally:
         _end(ranks)
 
 
 def _start(
-    arguments: Sequence[str], rank: int, num_processes: int, port: int
+    command: Sequence[str], rank: int, num_processes: int, port: int
 ) -> subprocess.Popen[bytes]:
     # One thread per rank and core: ranks that compete for cores wait for each other.
     threads = max(1, (os.cpu_count() or 1) // num_processes)
@@ -68,51 +106,61 @@ def _start(
         "TORCHELASTIC_RUN_ID": OWN_RUN_ID,
     }
     # Away from the terminal: Ctrl-C there is for the launcher to handle.
-    command = [sys.executable, "-m", "osft_mcore.cli", *arguments]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: _Received, peers_s: float) -> int:
     """Until all ranks ended well, one failed, or a signal arrived; returns the exit code."""
+    passed_on, saved_at = 0, 0.0
     while True:
         codes = [rank.poll() for rank in ranks]
+        # Ranks say so only once the checkpoint is whole: what breaks afterwards takes nothing back.
+        saved = min((code for code in codes if code in SAVED), default=0)
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
-        if failed:
-            return _exit_code(failed)
-        if received:
-            sys.stderr.write(f"osft: stopped by {signal.Signals(received[0]).name}\n")
-            return 128 + received[0]
-        if all(code == 0 for code in codes):
+        if saved:
+            saved_at = saved_at or time.monotonic()
+            if None not in codes or time.monotonic() - saved_at > peers_s:
+                return saved
+        elif failed:
+            return _exit_code(failed, passed_on)
+        elif all(code == 0 for code in codes):
             return 0
+        if received.stop_at_once:
+            return _stopped_by(received.stop_at_once)
+        if received.stop and not passed_on:
+            passed_on = received.stop
+            for rank in ranks:
+                # Not to their groups: what a rank started is needed until that rank ends.
+                rank.send_signal(passed_on)
         time.sleep(POLL_S)
 
 
-def _exit_code(failed: Sequence[tuple[int, int]]) -> int:
+def _exit_code(failed: Sequence[tuple[int, int]], passed_on: int) -> int:
     """Of the cause, among ranks that ended together: peers that lose it end with code 1."""
     killed = [(rank, code) for rank, code in failed if code < 0]
     rank, code = killed[0] if killed else max(failed, key=lambda failure: failure[1])
     if code > 0:
         return code
+    if -code == passed_on:
+        return _stopped_by(passed_on)
     name = signal.Signals(-code).name
     hint = "; was there enough memory?" if name == "SIGKILL" else ""
     sys.stderr.write(f"osft: rank {rank} was ended by {name}{hint}\n")
     return 128 - code
 
 
+def _stopped_by(number: int) -> int:
+    sys.stderr.write(f"osft: stopped by {signal.Signals(number).name}\n")
+    return 128 + number
+
+
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + GRACE_S
-    for rank in _signalled(ranks, signal.SIGTERM):
-        with suppress(subprocess.TimeoutExpired):
-            rank.wait(max(0.0, deadline - time.monotonic()))
-    for rank in _signalled(ranks, signal.SIGKILL):
-        rank.wait()
-
-
-def _signalled(
-    ranks: Sequence[subprocess.Popen[bytes]], number: signal.Signals
-) -> list[subprocess.Popen[bytes]]:
-    """Send a signal to the ranks that still run, each with its children; returns those ranks."""
+    """Kill the ranks that still run, and ask what they started to end."""
     running = [rank for rank in ranks if rank.poll() is None]
     for rank in running:
-        os.killpg(rank.pid, number)
-    return running
+        # SIGTERM would make a rank that is in its loop begin to save. For the others in its group
+        # it is right: Python's resource tracker ignores it and frees the rank's shared memory.
+        rank.kill()
+        os.killpg(rank.pid, signal.SIGTERM)
+    for rank in running:
+        rank.wait()

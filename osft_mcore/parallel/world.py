@@ -1,15 +1,21 @@
 """What the launcher announced to this process; read here and nowhere else."""
 
 import ctypes
+import math
 import os
 import signal
 import sys
+import time
+from collections.abc import Mapping
 from typing import Final, Literal
 
 from osft_mcore.errors import ConfigError
 
 OWN_RUN_ID: Final = "osft-launcher"
 """Run id in the ranks that `launch` starts, under the name that torchrun uses for its own."""
+
+PROGRAM_START: Final = time.time()
+"""Seconds since the epoch: this file is among the first to be imported."""
 
 _PLACE: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _RENDEZVOUS: Final = ("MASTER_ADDR", "MASTER_PORT")
@@ -21,6 +27,7 @@ def check_launch_environment() -> None:
     All variables absent: no launcher. MASTER_ADDR and MASTER_PORT alone are no launcher either;
     clusters export them to every job.
     """
+    job_end()
     found = {name: os.environ[name] for name in (*_PLACE, *_RENDEZVOUS) if os.environ.get(name)}
     if not found.keys() & set(_PLACE):
         return
@@ -70,6 +77,31 @@ def local_rank() -> int:
 def started_by_own_launcher() -> bool:
     """True in the ranks that `launch` started: what it checked needs no second look."""
     return os.environ.get("TORCHELASTIC_RUN_ID") == OWN_RUN_ID
+
+
+def job_id(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The Slurm job that this process belongs to; a job that is requeued keeps its id."""
+    return environ.get("SLURM_JOB_ID") or None
+
+
+def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When Slurm ends the job, in seconds since the epoch; None: no job, or none that ends.
+
+    Raises ConfigError if that is no time.
+    """
+    text = environ.get("SLURM_JOB_END_TIME")
+    if not text:
+        return None
+    try:
+        end = float(text)
+    except ValueError:
+        end = math.nan
+    if not math.isfinite(end):
+        raise ConfigError(
+            f"SLURM_JOB_END_TIME: found {text!r} in the environment, expected seconds since the "
+            "epoch; unset it if Slurm did not set it"
+        )
+    return end
 
 
 def device_type() -> Literal["cpu", "cuda"]:

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from osft_mcore.records import Prompt, Response, Sampling
+from osft_mcore.weights.layout import Layouts
 
 
 def sample_seed(*, seed: int, step: int, row: int, sample: int) -> int:
@@ -35,6 +36,11 @@ class RolloutEngine(Protocol):
     A push is `begin_update`, then `share` (where there is something to share) and writing in
     place, or else `reload`, then `finish_update`.
     """
+
+    @property
+    def layouts(self) -> Layouts:
+        """What the parameters of every rank's engine hold, by global rank and name."""
+        ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Response]:
         """Sample answers. Collective over the world.
@@ -73,4 +79,8 @@ class RolloutEngine(Protocol):
 
     def refuse(self, reason: str) -> None:
         """Stay closed, and say why when asked to generate, until an update finishes."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it is not used again."""
         ...

@@ -30,7 +30,9 @@ from osft_mcore.rollout.vllm_cpu import (
     private_shared_memory,
     return_freed_memory,
 )
+from osft_mcore.rollout.vllm_layout import engine_layouts
 from osft_mcore.rollout.vllm_reload import reload_model
+from osft_mcore.weights.layout import Layouts
 
 
 class VllmEngine:
@@ -89,6 +91,11 @@ class VllmEngine:
                 seed=seed,
                 **memory,
             )
+
+    @property
+    def layouts(self) -> Layouts:
+        """Of vLLM's parameters, by global rank."""
+        return engine_layouts(self.shape, self.context.topology)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Response]:
         """Sample answers; replica r takes every num_replicas-th prompt, starting at r."""

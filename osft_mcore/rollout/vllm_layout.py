@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from osft_mcore.config.check import VOCAB_PADDING
+from osft_mcore.config.divide import VOCAB_PADDING
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.weights.layout import Layout

@@ -1,8 +1,9 @@
 """Saves the training state of a run while it goes on. Every rank calls every method."""
 
 import shutil
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ from torch import Tensor
 from osft_mcore.actor.actor import Actor
 from osft_mcore.actor.training_state import StateTensor
 from osft_mcore.checkpoint.background import BackgroundJob
-from osft_mcore.checkpoint.folder import prepare, sweep
+from osft_mcore.checkpoint.folder import STATE, prepare, sweep
 from osft_mcore.checkpoint.index import INDEX, Index, Piece, to_json
 from osft_mcore.checkpoint.save import Part, Rest, part_name, readable, write_part, write_rest
 from osft_mcore.config.schema import CheckpointConfig
@@ -25,7 +26,6 @@ from osft_mcore.parallel.rng import rng_state
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.weights.safetensors_stream import TensorSpec
 
-STATE: Final = "state.json"
 ROOM: Final = 1.02
 """Index, state and tokenizer come on top of the tensors."""
 GRACE_S: Final = 5.0
@@ -86,7 +86,7 @@ class Checkpoints:
             return
         content = json_bytes({"step": step, **state, "rng": [rng for _, rng in random_states]})
         self._pending = step
-        self._job.start(partial(self._write, step, self._part(), content))
+        self._start(step, content)
         if not self._config.async_:
             self.settle()
 
@@ -163,34 +163,51 @@ class Checkpoints:
             return f"{self._root}: {error.strerror}"
         return ""
 
-    def _part(self) -> Part:
-        """This rank's share, as it is at this moment."""
+    def _start(self, step: int, state: bytes) -> None:
+        """Begin to write what the training state is now."""
         live = [tensor.tensor for tensor in self._owned()]
-        context = self._actor.context
-        if self._config.async_:
-            self._copy_to_host(live)
-            host = self._host
-            return Part(file=part_name(context.rank), specs=self._specs, tensors=lambda: host)
-        return Part(file=part_name(context.rank), specs=self._specs, tensors=lambda: _on_host(live))
+        if not self._config.async_:
+            self._job.start(lambda: self._write(step, state, lambda: (t.cpu() for t in live)))
+            return
+        copied = threading.Event()
+        snapshot = partial(self._copy_to_host, live, _mark(self._actor.context.device))
 
-    def _copy_to_host(self, live: Sequence[Tensor]) -> None:
-        pinned = self._actor.context.device.type == "cuda"
+        def job() -> None:
+            try:
+                snapshot()
+            finally:
+                copied.set()
+            self._write(step, state, lambda: self._host)
+
+        # Not copied here: forward and backward of the next step only read, and can go on.
+        self._actor.hold_for(copied, deadline=self._deadline)
+        self._job.start(job)
+
+    def _copy_to_host(self, live: Sequence[Tensor], mark: torch.cuda.Event | None) -> None:
         if not self._host:
+            # Made once: fresh memory costs as much as the copy itself.
             self._host = [
-                torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=mark is not None)
                 for tensor in live
             ]
-        for copy, tensor in zip(self._host, live, strict=True):
-            copy.copy_(tensor, non_blocking=True)
-        if pinned:
-            torch.cuda.synchronize()
+        if mark is None:
+            for copy, tensor in zip(self._host, live, strict=True):
+                copy.copy_(tensor)
+            return
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_event(mark)
+        with torch.cuda.stream(stream):
+            for copy, tensor in zip(self._host, live, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+        stream.synchronize()
 
-    def _write(self, step: int, part: Part, state: bytes) -> None:
+    def _write(self, step: int, state: bytes, tensors: Callable[[], Iterable[Tensor]]) -> None:
         """All of one rank's work; no other rank is spoken to but through files."""
         started = time.monotonic()
         building = self._root / f"step_{step}.tmp"
+        file = part_name(self._actor.context.rank)
         try:
-            write_part(building, part)
+            write_part(building, Part(file=file, specs=self._specs, tensors=tensors))
             if not self._is_writer:
                 return
             rest = Rest(
@@ -235,8 +252,13 @@ def _spec(state: StateTensor, shard: int) -> TensorSpec:
     return TensorSpec(name, state.tensor.dtype, tuple(state.tensor.shape))
 
 
-def _on_host(live: Iterable[Tensor]) -> Iterator[Tensor]:
-    return (tensor.cpu() for tensor in live)
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """What the GPU has been asked to do so far, for another stream to wait for."""
+    if device.type != "cuda":
+        return None
+    mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    mark.record()
+    return mark
 
 
 def _joined(problems: Iterable[str]) -> str:

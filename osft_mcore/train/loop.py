@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from osft_mcore.actor.actor import Actor, UpdateResult
-from osft_mcore.actor.export import export_hf
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import batch_rows, steps_per_epoch
 from osft_mcore.errors import DataError
@@ -16,12 +15,15 @@ from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import wait_for_all
 from osft_mcore.records import Example, Prompt, Response, Sampling
 from osft_mcore.rollout.engine import RolloutEngine, reported_temperature
+from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
 from osft_mcore.train.schedules import learning_rate, sampling_temperature
+from osft_mcore.train.skipped import SkippedUpdates, answer_rows
 from osft_mcore.train.step_metrics import (
     push_metrics,
     response_metrics,
     rollout_rows,
+    shown,
     update_metrics,
 )
 from osft_mcore.weights.sync import PushReport, WeightSync
@@ -33,6 +35,8 @@ class OsftLoop:
 
     config: RunConfig
     num_steps: int
+    num_done: int
+    """Steps that earlier starts of the run have done."""
     prompts: Sequence[Prompt]
     actor: Actor
     engine: RolloutEngine
@@ -42,13 +46,17 @@ class OsftLoop:
     metrics: MetricsLog
     console: Console
     clock: Clock
+    edge: StepEdge
     decode: Callable[[Sequence[int]], str]
+    skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
 
     def fit(self) -> None:
-        """Train for `num_steps` rollout batches."""
-        cfg = self.config
-        with self.console.steps("osft", self.num_steps, every=cfg.logging.every) as progress:
-            for step in range(1, self.num_steps + 1):
+        """Train for the rollout batches that are left. Raises Stopped when told to, and saved."""
+        cfg, done = self.config, self.num_done
+        bar = self.console.steps("osft", self.num_steps, every=cfg.logging.every, done=done)
+        self.edge.stop_before(done)
+        with bar as progress:
+            for step in range(done + 1, self.num_steps + 1):
                 tau = self.tau_sample(step)
                 with self.clock("rollout"):
                     responses = self.engine.generate(self.batch(step), self.sampling(step, tau))
@@ -59,9 +67,9 @@ class OsftLoop:
                     push = self.sync.push()
                 if due(cfg.evaluation.every, step) and step < self.num_steps:
                     self.evaluate(step, cfg.evaluation.temperature)
-                if due(cfg.checkpoint.every, step):
-                    self.save(f"checkpoints/step_{step}")
                 progress.finished(step, self.log_step(step, tau, responses, updates, push))
+                self.edge.passed(step, weight_version=self.sync.version)
+            self.edge.finish()
 
     def tau_sample(self, step: int) -> float:
         """Sampling temperature of step `step` (from 1)."""
@@ -100,7 +108,7 @@ class OsftLoop:
     def train_on(self, responses: Sequence[Response], step: int, tau: float) -> list[UpdateResult]:
         """The optimizer updates of one rollout batch, gated on agreement with the engine.
 
-        The gate uses the first update: from the second on the actor has moved.
+        The gate uses the first update that was not skipped: after it the actor has moved.
         """
         cfg = self.config
         check_versions(responses, version=self.sync.version, step=step)
@@ -118,17 +126,25 @@ class OsftLoop:
                     "algorithm.train_on_truncated is false, so there is nothing to train on; "
                     "change one of the two"
                 )
-            updates.append(
-                self.actor.update(examples[start : start + size], tau_sample=gate_tau, lr=lr)
+            update = self.actor.update(examples[start : start + size], tau_sample=gate_tau, lr=lr)
+            self.skipped.note(
+                update,
+                answer_rows(responses[start : start + size], tokens=cfg.logging.rollouts),
+                step=step,
+                number=len(updates) + 1,
+                actor=self.actor,
+                folder=self.folder,
+                console=self.console,
             )
-            if start == 0:
+            if not update.skipped and all(earlier.skipped for earlier in updates):
                 check_agreement(
-                    updates[0].agreement,
+                    update.agreement,
                     sync=cfg.sync,
                     dtype=cfg.model.dtype,
                     step=step,
                     tau_sample=gate_tau,
                 )
+            updates.append(update)
         return updates
 
     def evaluate(self, step: int, temperature: float) -> Evaluation | None:
@@ -141,8 +157,8 @@ class OsftLoop:
             wait_for_all(self.actor.context)
         if evaluation is not None:
             self.metrics.write_evaluation(step, metrics(evaluation))
-            name = f"evaluations/step_{step}_temperature_{temperature:g}.jsonl"
-            self.folder.write_lines(name, map(dataclasses.asdict, evaluation.answers))
+            rows = map(dataclasses.asdict, evaluation.answers)
+            self.folder.write_lines(_answers_file(step, temperature), rows)
             self.console.say(
                 f"step {step}, temperature {temperature:g}: pass@1 {evaluation.pass_at_1:.1%}"
             )
@@ -158,16 +174,20 @@ class OsftLoop:
         scored = [self.evaluate(0, tau) for tau in dict.fromkeys(temperatures)]
         return [evaluation for evaluation in scored if evaluation is not None]
 
-    def save(self, name: str) -> None:
-        """Export the weights as a Hugging Face folder inside the run folder."""
-        cfg = self.config
-        with self.clock("save"):
-            export_hf(
-                self.actor,
-                self.folder.path / name,
-                max_shard_bytes=cfg.checkpoint.max_shard_bytes,
-                bucket_bytes=cfg.sync.bucket_bytes,
-            )
+    def scores_of_start(self) -> list[Evaluation]:
+        """What `score_start` found when the run began, as the run folder keeps it.
+
+        Empty on ranks that do not grade, and if the problems are not the same any more.
+        """
+        if self.evaluator is None or not self.folder.writer:
+            return []
+        cfg = self.config.evaluation
+        recalled = []
+        for tau in dict.fromkeys((cfg.temperature, *cfg.baseline_temperatures)):
+            rows = self.folder.read_lines(_answers_file(0, tau))
+            if (evaluation := self.evaluator.recall(0, tau, rows)) is not None:
+                recalled.append(evaluation)
+        return recalled if recalled and recalled[0].temperature == cfg.temperature else []
 
     def log_step(
         self,
@@ -193,8 +213,11 @@ class OsftLoop:
             self.folder.write_lines(
                 f"rollouts/step_{step}.jsonl", rollout_rows(responses, self.decode)
             )
-        shown = ("loss/nll", "rollout/response_length_mean", "sync/logprob_diff_max")
-        return {name.split("/")[1]: record[name] for name in shown}
+        return shown(record, "loss/nll", "rollout/response_length_mean", "sync/logprob_diff_max")
+
+
+def _answers_file(step: int, temperature: float) -> str:
+    return f"evaluations/step_{step}_temperature_{temperature:g}.jsonl"
 
 
 def due(every: int, step: int) -> bool:

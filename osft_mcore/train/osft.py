@@ -1,8 +1,7 @@
 """One online SFT run, from inputs to summary."""
 
-from contextlib import ExitStack
-
-import torch
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from osft_mcore.actor.actor import Actor
 from osft_mcore.config.load import as_options
@@ -14,48 +13,92 @@ from osft_mcore.evaluation.grading import Grader
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.parallel.groups import ParallelContext
-from osft_mcore.rollout.vllm_engine import VllmEngine
-from osft_mcore.rollout.vllm_layout import engine_layouts
+from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.inputs import HeldOut, load_held_out, load_train_prompts, total_steps
 from osft_mcore.train.loop import OsftLoop
-from osft_mcore.train.start import build_actor, open_folder, say_start
-from osft_mcore.train.summary import print_summary, summarise
+from osft_mcore.train.resume import SUMMARY
+from osft_mcore.train.start import (
+    build_actor,
+    build_edge,
+    export_final,
+    find_resume_point,
+    open_folder,
+    say_start,
+)
+from osft_mcore.train.summary import print_summary, seconds_of, summarise
 from osft_mcore.train.weight_plan import alias_forbidden
 from osft_mcore.weights.alias import delivery_lines
 from osft_mcore.weights.params import hf_layouts
 from osft_mcore.weights.sync import PushReport, WeightSync
 from osft_mcore.weights.ways import Ends
 
+BuildEngine = Callable[[RunConfig, ParallelContext, ChatTokenizer], RolloutEngine]
 
-def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> None:
-    """Train and evaluate; leaves the run folder behind. Every rank must call."""
+
+def run_osft(
+    config: RunConfig, context: ParallelContext, console: Console, build_engine: BuildEngine
+) -> None:
+    """Train and evaluate; leaves the run folder behind. Every rank must call.
+
+    Goes on with an interrupted run. Raises Stopped once it was told to stop and has saved.
+    """
+    with open_loop(config, context, console, build_engine) as loop:
+        with loop.edge.listening():
+            with loop.clock("sync"):
+                _say_push(console, loop.sync.push())
+            start = loop.scores_of_start() if loop.num_done else loop.score_start()
+            loop.clock.flush()
+            loop.fit()
+        end = loop.evaluate(loop.num_steps, config.evaluation.temperature)
+        summary = summarise(loop, start, end, context.topology)
+        if config.checkpoint.final:
+            with loop.clock("save"):
+                export_final(config, loop.actor, loop.folder, loop.num_steps)
+        summary["seconds"] = seconds_of(loop.clock)
+        # Last: it says that nothing is left to do.
+        loop.folder.write_json(SUMMARY, summary)
+        print_summary(console, summary)
+
+
+@contextmanager
+def open_loop(
+    config: RunConfig, context: ParallelContext, console: Console, build_engine: BuildEngine
+) -> Iterator[OsftLoop]:
+    """Everything that a run needs, from its inputs on, and its folder; nothing is pushed yet.
+
+    Collective over the world.
+    """
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
-    shape = read_model_shape(config.model.path)
     train = load_train_prompts(config, tokenizer)
     held_out = load_held_out(config, tokenizer)
     num_steps = total_steps(config, len(train.prompts))
-    say_start(console, config, shape, num_steps=num_steps)
+    say_start(console, config, read_model_shape(config.model.path), num_steps=num_steps)
     console.say(
         f"data: {len(train.prompts)} prompts ({train.num_dropped_overlong} over "
         f"{config.rollout.max_prompt_tokens} tokens dropped), {held_out.num_problems} held-out "
         f"problems ({held_out.num_dropped_overlong} dropped)"
     )
-    clock = Clock()
+    point = find_resume_point(config, "train", num_steps, context, console)
+    clock = Clock(point.seconds if point else None)
     with ExitStack() as stack:
         with clock("start"):
-            actor = build_actor(config, context)
+            actor = build_actor(config, context, point)
             engine = build_engine(config, context, tokenizer)
-            sync = build_sync(config, actor, engine)
-        stack.callback(engine.close)
+            stack.callback(engine.close)
+            sync = build_sync(config, actor, engine, version=point.num_pushes if point else 0)
         _say_deliveries(console, sync)
+        files = [config.data.train, *config.evaluation.files]
         # Only now: a model or an engine that cannot be built leaves no folder behind.
-        folder = open_folder(config, context, [config.data.train, *config.evaluation.files])
+        folder = stack.enter_context(
+            open_folder(config, "train", context, console, files, point, num_steps)
+        )
         metrics = MetricsLog(folder, config.logging, as_options(config))
         stack.callback(metrics.close)
         grader = stack.enter_context(build_grader(config)) if context.rank == 0 else None
-        loop = OsftLoop(
+        yield OsftLoop(
             config=config,
             num_steps=num_steps,
+            num_done=point.step if point else 0,
             prompts=train.prompts,
             actor=actor,
             engine=engine,
@@ -65,19 +108,9 @@ def run_osft(config: RunConfig, context: ParallelContext, console: Console) -> N
             metrics=metrics,
             console=console,
             clock=clock,
+            edge=build_edge(config, "train", num_steps, actor, clock, console),
             decode=tokenizer.decode,
         )
-        with clock("sync"):
-            _say_push(console, sync.push())
-        start = loop.score_start()
-        clock.flush()
-        loop.fit()
-        end = loop.evaluate(num_steps, config.evaluation.temperature)
-        if config.checkpoint.final:
-            loop.save("hf")
-        summary = summarise(loop, start, end, context.topology)
-        folder.write_json("summary.json", summary)
-        print_summary(console, summary)
 
 
 def _say_deliveries(console: Console, sync: WeightSync) -> None:
@@ -101,23 +134,13 @@ def build_grader(config: RunConfig) -> Grader:
     return Grader(config.evaluation.grader_workers, config.evaluation.grader_timeout_s)
 
 
-def build_engine(
-    config: RunConfig, context: ParallelContext, tokenizer: ChatTokenizer
-) -> VllmEngine:
-    """The rollout engine of this world, without weights."""
-    return VllmEngine(
-        config.model.path,
-        rollout=config.rollout,
-        dtype=torch.bfloat16 if config.model.dtype == "bf16" else torch.float32,
-        seed=config.seed,
-        stop_token_ids=sorted(tokenizer.eos_token_ids),
-        context=context,
-        live_weights=config.sync.mode != "reload",
-    )
+def build_sync(
+    config: RunConfig, actor: Actor, engine: RolloutEngine, *, version: int = 0
+) -> WeightSync:
+    """The bridge between the two, its plan computed and compared over all ranks.
 
-
-def build_sync(config: RunConfig, actor: Actor, engine: VllmEngine) -> WeightSync:
-    """The bridge between the two, its plan computed and compared over all ranks."""
+    Its first push delivers weight version `version` + 1.
+    """
     context = actor.context
     ends = Ends(
         rank=context.rank,
@@ -129,17 +152,18 @@ def build_sync(config: RunConfig, actor: Actor, engine: VllmEngine) -> WeightSyn
     )
     return WeightSync(
         actor.layouts,
-        engine_layouts(actor.shape, context.topology),
+        engine.layouts,
         hf_layouts(actor.shape),
         ends,
         config.sync,
         alias_forbidden=alias_forbidden(config.sync, config.rollout),
+        version=version,
     )
 
 
 def _evaluator(
     config: RunConfig,
-    engine: VllmEngine,
+    engine: RolloutEngine,
     held_out: HeldOut,
     tokenizer: ChatTokenizer,
     grader: Grader | None,

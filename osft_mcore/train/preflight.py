@@ -9,14 +9,17 @@ from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
 from osft_mcore.errors import ConfigError, OsftError, WeightError
+from osft_mcore.log.lock import lock_refusal
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.topology import topology_of
+from osft_mcore.parallel.world import job_id
 from osft_mcore.train.inputs import (
     load_held_out,
     load_sft_examples,
     load_train_prompts,
     total_steps,
 )
+from osft_mcore.train.resume import ResumePoint, check_work_left, problems_by_size, resume_point
 from osft_mcore.train.weight_plan import weight_lines
 from osft_mcore.weights.safetensors_io import read_hf_index
 
@@ -29,11 +32,16 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
     Reads tokenizer and data as the run will, of the weights only the headers. Not collective;
     the same answer on every rank that sees the same files.
     """
-    steps: list[Callable[[], None]] = [lambda: _check_output_dir(Path(config.output_dir))]
+    point: list[ResumePoint | None] = []
+    steps: list[Callable[[], None]] = [
+        lambda: _check_output_dir(config),
+        lambda: point.append(resume_point(config, phase, problems_by_size)),
+    ]
     if phase == "train":
         steps.append(lambda: _check_weight_plan(config))
     if config.model.init == "pretrained":
-        steps.append(lambda: _check_weights(config.model.path))
+        # A run that goes on takes its weights from the checkpoint.
+        steps.append(lambda: None if any(point) else _check_weights(config.model.path))
     errors = [error for step in steps if (error := _error_of(step)) is not None]
     try:
         tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
@@ -45,9 +53,10 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
 def _data_errors(config: RunConfig, phase: Phase, tokenizer: ChatTokenizer) -> list[OsftError]:
     def load_train() -> None:
         if phase == "train":
-            total_steps(config, len(load_train_prompts(config, tokenizer).prompts))
+            num_items = len(load_train_prompts(config, tokenizer).prompts)
         else:
-            total_steps(config, len(load_sft_examples(config, tokenizer).examples))
+            num_items = len(load_sft_examples(config, tokenizer).examples)
+        check_work_left(config, total_steps(config, num_items))
 
     def load_evaluation() -> None:
         if phase == "train":
@@ -65,8 +74,14 @@ def _error_of(step: Callable[[], None]) -> OsftError | None:
     return None
 
 
-def _check_output_dir(folder: Path) -> None:
-    RunFolder(folder, writer=False).check_unused()
+def _check_output_dir(config: RunConfig) -> None:
+    folder = Path(config.output_dir)
+    run = RunFolder(folder, writer=False)
+    if config.checkpoint.resume == "never":
+        run.check_unused()
+    run.check_is_folder()
+    if refusal := lock_refusal(folder, job_id=job_id()):
+        raise ConfigError(refusal)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(

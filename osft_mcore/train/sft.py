@@ -1,11 +1,10 @@
 """Supervised fine-tuning on given answers, with the same actor: the phase before OSFT."""
 
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 from osft_mcore.actor.actor import Actor, UpdateResult
-from osft_mcore.actor.export import export_hf
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
@@ -16,43 +15,66 @@ from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.records import Example
+from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.inputs import load_sft_examples, total_steps
-from osft_mcore.train.loop import due
+from osft_mcore.train.resume import SUMMARY
 from osft_mcore.train.schedules import learning_rate
-from osft_mcore.train.start import build_actor, open_folder, say_start
-from osft_mcore.train.step_metrics import update_metrics
+from osft_mcore.train.skipped import SkippedUpdates, example_rows
+from osft_mcore.train.start import (
+    build_actor,
+    build_edge,
+    export_final,
+    find_resume_point,
+    open_folder,
+    say_start,
+)
+from osft_mcore.train.step_metrics import shown, update_metrics
+from osft_mcore.train.summary import seconds_of
 
 
 def run_sft(config: RunConfig, context: ParallelContext, console: Console) -> None:
-    """Train on (prompt, response) pairs; leaves the run folder behind. Every rank must call."""
+    """Train on (prompt, response) pairs; leaves the run folder behind. Every rank must call.
+
+    Goes on with an interrupted run. Raises Stopped once it was told to stop and has saved.
+    """
     tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     data = load_sft_examples(config, tokenizer)
     num_steps = total_steps(config, len(data.examples))
     say_start(console, config, read_model_shape(config.model.path), num_steps=num_steps)
     console.say(f"data: {len(data.examples)} examples ({data.num_dropped_overlong} dropped)")
-    clock = Clock()
+    point = find_resume_point(config, "sft", num_steps, context, console)
+    clock = Clock(point.seconds if point else None)
     with clock("start"):
-        actor = build_actor(config, context)
-    # Only now: a model that cannot be built leaves no folder behind.
-    folder = open_folder(config, context, [config.data.train])
-    options = as_options(config)
-    with closing(MetricsLog(folder, config.logging, options)) as metrics:
+        actor = build_actor(config, context, point)
+    with ExitStack() as stack:
+        # Only now: a model that cannot be built leaves no folder behind.
+        folder = stack.enter_context(
+            open_folder(config, "sft", context, console, [config.data.train], point, num_steps)
+        )
+        metrics = MetricsLog(folder, config.logging, as_options(config))
+        stack.callback(metrics.close)
         loop = SftLoop(
             config=config,
             num_steps=num_steps,
+            num_done=point.step if point else 0,
             examples=data.examples,
             actor=actor,
             folder=folder,
             metrics=metrics,
             console=console,
             clock=clock,
+            edge=build_edge(config, "sft", num_steps, actor, clock, console),
         )
         clock.flush()
-        nll = loop.fit()
-    if config.checkpoint.final:
-        loop.save("hf")
-    seconds = {phase: round(total, 2) for phase, total in clock.totals.items()}
-    folder.write_json("summary.json", {"steps": num_steps, "nll": nll, "seconds": seconds})
+        loop.fit()
+        if config.checkpoint.final:
+            with clock("save"):
+                export_final(config, actor, folder, num_steps)
+        # Last: it says that nothing is left to do.
+        rows = folder.read_lines("metrics.jsonl")
+        nll = next((row["loss/nll"] for row in reversed(rows) if "loss/nll" in row), None)
+        summary = {"steps": num_steps, "nll": nll, "seconds": seconds_of(clock)}
+        folder.write_json(SUMMARY, summary)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,27 +83,32 @@ class SftLoop:
 
     config: RunConfig
     num_steps: int
+    num_done: int
+    """Steps that earlier starts of the run have done."""
     examples: Sequence[Example]
     actor: Actor
     folder: RunFolder
     metrics: MetricsLog
     console: Console
     clock: Clock
+    edge: StepEdge
+    skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
 
-    def fit(self) -> float:
-        """Train for `num_steps` batches; returns the last one's negative log-likelihood."""
-        cfg = self.config
-        with self.console.steps("sft", self.num_steps, every=cfg.logging.every) as progress:
-            for step in range(1, self.num_steps + 1):
+    def fit(self) -> None:
+        """Train for the batches that are left. Raises Stopped when told to, and saved."""
+        cfg, done = self.config, self.num_done
+        bar = self.console.steps("sft", self.num_steps, every=cfg.logging.every, done=done)
+        with self.edge.listening(), bar as progress:
+            self.edge.stop_before(done)
+            for step in range(done + 1, self.num_steps + 1):
                 lr = learning_rate(cfg.train, step=step, total_steps=self.num_steps)
                 with self.clock("train"):
-                    updates = self.train_on(self.batch(step), lr)
-                if due(cfg.checkpoint.every, step):
-                    self.save(f"checkpoints/step_{step}")
+                    updates = self.train_on(self.batch(step), step, lr)
                 record = {"optim/lr": lr, **update_metrics(updates), **self.clock.flush()}
                 self.metrics.write(step, record)
-                progress.finished(step, {"nll": record["loss/nll"], "lr": lr})
-        return record["loss/nll"]
+                progress.finished(step, shown(record, "loss/nll", "optim/lr"))
+                self.edge.passed(step)
+            self.edge.finish()
 
     def batch(self, step: int) -> list[Example]:
         """The examples of step `step` (from 1)."""
@@ -94,22 +121,22 @@ class SftLoop:
         )
         return [self.examples[row] for row in rows]
 
-    def train_on(self, batch: Sequence[Example], lr: float) -> list[UpdateResult]:
+    def train_on(self, batch: Sequence[Example], step: int, lr: float) -> list[UpdateResult]:
         """The optimizer updates of one batch."""
         size = self.config.train.prompts_per_update
         # Nothing is sampled here, so there is no tau_sample; its statistics go unused.
         tau = self.config.algorithm.tau_train
-        return [
-            self.actor.update(batch[start : start + size], tau_sample=tau, lr=lr)
-            for start in range(0, len(batch), size)
-        ]
-
-    def save(self, name: str) -> None:
-        """Export the weights as a Hugging Face folder inside the run folder."""
-        with self.clock("save"):
-            export_hf(
-                self.actor,
-                self.folder.path / name,
-                max_shard_bytes=self.config.checkpoint.max_shard_bytes,
-                bucket_bytes=self.config.sync.bucket_bytes,
+        updates: list[UpdateResult] = []
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            updates.append(self.actor.update(part, tau_sample=tau, lr=lr))
+            self.skipped.note(
+                updates[-1],
+                example_rows(part),
+                step=step,
+                number=len(updates),
+                actor=self.actor,
+                folder=self.folder,
+                console=self.console,
             )
+        return updates

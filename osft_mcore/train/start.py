@@ -1,27 +1,88 @@
-"""The beginning of a run: its folder, its manifest, and what the console says."""
+"""The beginning of a run and its end: actor, folder, what the console says, the final model."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import Any
 
 from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.export import export_hf
+from osft_mcore.checkpoint.folder import checkpoints_in, set_aside, step_of
+from osft_mcore.checkpoint.manifest import problems_of
+from osft_mcore.checkpoint.model_card import model_card, read_provenance
+from osft_mcore.config.check import Phase
 from osft_mcore.config.load import to_yaml
 from osft_mcore.config.model_shape import ModelShape, read_model_shape
 from osft_mcore.config.schema import RunConfig
+from osft_mcore.errors import ConfigError
 from osft_mcore.log.console import Console
+from osft_mcore.log.lock import run_lock
 from osft_mcore.log.manifest import manifest
+from osft_mcore.log.metrics import Clock
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.model.build import kernels_in_use
-from osft_mcore.parallel.groups import ParallelContext
+from osft_mcore.parallel.groups import ParallelContext, all_gather_json
+from osft_mcore.parallel.rng import set_rng_state
+from osft_mcore.parallel.world import job_id
+from osft_mcore.train.checkpoints import Checkpoints
+from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.inputs import data_hashes
+from osft_mcore.train.resume import (
+    CHECKPOINTS,
+    ProblemsOf,
+    ResumePoint,
+    check_work_left,
+    resume_point,
+)
+from osft_mcore.weights.side_files import read_side_files
+
+FINAL = "hf"
+"""The final model's folder in a run folder."""
+
+
+def find_resume_point(
+    config: RunConfig,
+    phase: Phase,
+    num_steps: int,
+    context: ParallelContext,
+    console: Console,
+) -> ResumePoint | None:
+    """What the run goes on from, told on the console; None if it begins. Collective.
+
+    Raises as `check_work_left` and `resume_point`.
+    """
+    check_work_left(config, num_steps)
+    together = _problems_together(context, hashes=config.checkpoint.verify)
+    point = resume_point(config, phase, together)
+    if point is not None:
+        for problem in point.skipped:
+            console.say(f"skipped a checkpoint: {problem}")
+        console.say(f"going on from {point.folder}: {point.step} of {num_steps} steps are done")
+        for change in point.changed:
+            console.say(f"changed since then: {change}")
+    return point
+
+
+def _problems_together(context: ParallelContext, *, hashes: bool) -> ProblemsOf:
+    """Every rank looks at its share of the files and tells the others. Collective."""
+    share = (context.rank, context.topology.world_size)
+
+    def problems(folder: Path) -> list[str]:
+        told = all_gather_json(problems_of(folder, hashes=hashes, share=share), context)
+        return list(dict.fromkeys(line for lines in told for line in lines))
+
+    return problems
 
 
 def build_actor(
-    config: RunConfig, context: ParallelContext, checkpoint: Path | None = None
+    config: RunConfig, context: ParallelContext, point: ResumePoint | None = None
 ) -> Actor:
-    """The actor of this rank, weights loaded; `checkpoint`: from there. Every rank must call."""
-    return Actor(
+    """The actor of this rank, weights loaded; from `point` on, if one is given.
+
+    Every rank must call.
+    """
+    actor = Actor(
         read_model_shape(config.model.path),
         context,
         model=config.model,
@@ -30,30 +91,115 @@ def build_actor(
         algorithm=config.algorithm,
         max_response_tokens=config.rollout.max_response_tokens,
         seed=config.seed,
-        checkpoint=checkpoint,
+        checkpoint=point.folder if point else None,
     )
+    if point is not None:
+        actor.num_updates = point.num_updates
+        random_states = point.state["rng"]
+        if len(random_states) == context.topology.world_size:
+            set_rng_state(random_states[context.rank])
+    return actor
 
 
+@contextmanager
 def open_folder(
-    config: RunConfig, context: ParallelContext, data_files: Sequence[str]
-) -> RunFolder:
-    """Create the run folder with config.yaml and manifest.json. Collective over the world.
+    config: RunConfig,
+    phase: Phase,
+    context: ParallelContext,
+    console: Console,
+    data_files: Sequence[str],
+    point: ResumePoint | None,
+    num_steps: int,
+) -> Iterator[RunFolder]:
+    """The run folder, locked, with config.yaml and manifest.json. Collective over the world.
 
-    Raises ConfigError on every rank if the folder is in use.
+    What it holds about steps after `point` is forgotten. Raises ConfigError on every rank if
+    another run uses the folder.
     """
     folder = RunFolder(config.output_dir, writer=context.rank == 0)
-    folder.check_unused()
-    # Rank 0 must not create the folder before the others have looked.
-    dist.barrier(group=context.world_group)
-    folder.create()
-    folder.write_text("config.yaml", to_yaml(config))
-    if folder.writer:
-        details = {"kernels": kernels_in_use(), **data_hashes(data_files)}
-        world_size = context.topology.world_size
-        folder.write_json(
-            "manifest.json", manifest(seed=config.seed, world_size=world_size, details=details)
-        )
-    return folder
+    with ExitStack() as stack:
+        problem = ""
+        if folder.writer:
+            try:
+                if config.checkpoint.resume == "never":
+                    folder.check_unused()
+                folder.create()
+                note = stack.enter_context(run_lock(folder.path, job_id=job_id()))
+            except ConfigError as error:
+                problem, note = error.problems[0], ""
+            if note:
+                console.say(note)
+        if told := [text for text in all_gather_json(problem, context) if text]:
+            raise ConfigError(told)
+        details: dict[str, Any] = {"kernels": kernels_in_use(), **data_hashes(data_files)}
+        if folder.writer:
+            details |= _make_way(folder, console, point, num_steps)
+            folder.write_text("config.yaml", to_yaml(config))
+            world_size = context.topology.world_size
+            made = manifest(seed=config.seed, world_size=world_size, details=details)
+            folder.write_json("manifest.json", {"phase": phase, **made})
+        yield folder
+
+
+def _make_way(
+    folder: RunFolder, console: Console, point: ResumePoint | None, num_steps: int
+) -> dict[str, Any]:
+    """Bring the folder to where the run goes on from; returns what the manifest says of it."""
+    if point is None:
+        aside = folder.put_aside()
+        if aside is not None:
+            console.say(
+                f"the run in {folder.path} ended before its first checkpoint; it begins anew, and "
+                f"what it left is in {aside}"
+            )
+        return {}
+    root = folder.path / CHECKPOINTS
+    for newer in checkpoints_in(root):
+        if (step_of(newer) or 0) > point.step:
+            console.say(f"{newer} is not gone on from; it is now {set_aside(newer).name}")
+    folder.keep_until(point.step, last=point.step == num_steps)
+    earlier = folder.path / "manifest.json"
+    return {
+        "resumed_from": str(point.folder),
+        "resumed_at_step": point.step,
+        "changed_options": list(point.changed),
+        "earlier": json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else None,
+    }
+
+
+def build_edge(
+    config: RunConfig,
+    phase: Phase,
+    num_steps: int,
+    actor: Actor,
+    clock: Clock,
+    console: Console,
+) -> StepEdge:
+    """What the loop calls after every step. Collective over the world.
+
+    Raises CheckpointError on every rank if there is no room for a checkpoint.
+    """
+    checkpoints = Checkpoints(
+        Path(config.output_dir) / CHECKPOINTS,
+        config.checkpoint,
+        actor,
+        read_side_files(config.model.path, dtype=actor.dtype, derived=True),
+        console,
+    )
+    return StepEdge(config, phase, num_steps, actor=actor, checkpoints=checkpoints, clock=clock)
+
+
+def export_final(config: RunConfig, actor: Actor, folder: RunFolder, num_steps: int) -> None:
+    """Write the final model and its card as a Hugging Face folder. Every rank must call."""
+    name = f"{folder.path.name}, step {num_steps}"
+    card = model_card(read_provenance(folder.path, step=num_steps), name=name)
+    export_hf(
+        actor,
+        folder.path / FINAL,
+        max_shard_bytes=config.checkpoint.max_shard_bytes,
+        bucket_bytes=config.sync.bucket_bytes,
+        card=card,
+    )
 
 
 def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_steps: int) -> None:

@@ -1,12 +1,15 @@
 """A step's metrics, from the plain records of its phases."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from osft_mcore.actor.actor import UpdateResult
 from osft_mcore.records import Response
 from osft_mcore.weights.sync import PushReport
+
+MAX_EXPONENT: Final = math.log(sys.float_info.max)
 
 
 def response_metrics(responses: Sequence[Response]) -> dict[str, float]:
@@ -22,24 +25,39 @@ def response_metrics(responses: Sequence[Response]) -> dict[str, float]:
 
 
 def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
-    """Means over the optimizer updates of a step; the agreement is the first update's."""
-    num_updates, num_tokens = len(updates), sum(u.num_tokens for u in updates)
-    nll = sum(u.nll * u.num_tokens for u in updates) / max(num_tokens, 1)
-    entropy = sum(u.entropy * u.num_tokens for u in updates) / max(num_tokens, 1)
+    """Means over the optimizer updates that a step took; the agreement is the first one's.
+
+    A figure that has no finite value is left out: the means, if all updates were skipped.
+    """
+    taken = [update for update in updates if not update.skipped]
+    counts = {
+        "optim/num_updates": float(len(taken)),
+        "optim/num_skipped": float(len(updates) - len(taken)),
+    }
+    if not taken:
+        return counts
+    num_tokens = sum(u.num_tokens for u in taken)
+    nll = sum(u.nll * u.num_tokens for u in taken) / max(num_tokens, 1)
+    entropy = sum(u.entropy * u.num_tokens for u in taken) / max(num_tokens, 1)
     record = {
-        "loss/loss": sum(u.loss for u in updates) / num_updates,
+        "loss/loss": sum(u.loss for u in taken) / len(taken),
         "loss/nll": nll,
-        "loss/perplexity": math.exp(nll),
+        "loss/perplexity": math.exp(nll) if nll < MAX_EXPONENT else math.inf,
         "loss/entropy": entropy,
         "loss/num_tokens": float(num_tokens),
-        "optim/grad_norm": sum(u.grad_norm for u in updates) / num_updates,
-        "optim/num_updates": float(num_updates),
+        "optim/grad_norm": sum(u.grad_norm for u in taken) / len(taken),
+        **counts,
     }
-    agreement = updates[0].agreement
+    agreement = taken[0].agreement
     if agreement is not None:
         record["sync/logprob_diff_mean"] = agreement.mean
         record["sync/logprob_diff_max"] = agreement.max
-    return record
+    return {name: value for name, value in record.items() if math.isfinite(value)}
+
+
+def shown(record: Mapping[str, float], *names: str) -> dict[str, float]:
+    """Figures for the console, without their prefix: those of `names` that the step has."""
+    return {name.split("/")[1]: record[name] for name in names if name in record}
 
 
 def push_metrics(push: PushReport) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from osft_mcore.evaluation.evaluator import Evaluation, gain_ci
 from osft_mcore.log.console import Console
+from osft_mcore.log.metrics import Clock
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.weights.alias import delivery_lines
@@ -36,10 +37,13 @@ def summarise(
     if loop.folder.writer:
         history = (loop.folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [json.loads(line) for line in history]
-        summary["sync/logprob_diff_max"] = max(s["sync/logprob_diff_max"] for s in steps)
-        summary["sync/logprob_diff_mean"] = sum(s["sync/logprob_diff_mean"] for s in steps) / len(
-            steps
-        )
+        # Steps whose updates were all skipped have no agreement.
+        if agreed := [s for s in steps if "sync/logprob_diff_max" in s]:
+            summary["sync/logprob_diff_max"] = max(s["sync/logprob_diff_max"] for s in agreed)
+            means = [s["sync/logprob_diff_mean"] for s in agreed]
+            summary["sync/logprob_diff_mean"] = sum(means) / len(means)
+        if num_skipped := sum(s["optim/num_skipped"] for s in steps):
+            summary["num_skipped_updates"] = int(num_skipped)
     if start:
         summary |= _start_scores(start)
     if end is not None:
@@ -49,8 +53,12 @@ def summarise(
             interval = gain_ci(start[0], end, seed=cfg.seed)
             summary["gain"] = end.pass_at_1 - start[0].pass_at_1
             summary["gain_ci95"] = [interval.low, interval.high]
-    summary["seconds"] = {phase: round(s, 2) for phase, s in loop.clock.totals.items()}
     return summary
+
+
+def seconds_of(clock: Clock) -> dict[str, float]:
+    """Seconds of every phase, over all starts of the run."""
+    return {phase: round(seconds, 2) for phase, seconds in clock.totals.items()}
 
 
 def _start_scores(start: Sequence[Evaluation]) -> dict[str, Any]:
@@ -87,10 +95,13 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
             "(paired bootstrap over problems)"
         )
     seconds = ", ".join(f"{phase} {s:.0f}" for phase, s in summary["seconds"].items())
+    largest = summary.get("sync/logprob_diff_max")
+    difference = "unknown" if largest is None else f"{largest:.2g} nats"
     console.say(
-        f"largest log-probability difference rollout vs actor: "
-        f"{summary.get('sync/logprob_diff_max', 0.0):.2g} nats;  seconds: {seconds}"
+        f"largest log-probability difference rollout vs actor: {difference};  seconds: {seconds}"
     )
+    if "num_skipped_updates" in summary:
+        console.say(f"{summary['num_skipped_updates']} updates skipped; their batches: skipped/")
 
 
 def _percent(value: float) -> str:

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Final
 
 from osft_mcore.actor.megatron_layout import actor_layouts
-from osft_mcore.config.check import tensor_parallel_problems
+from osft_mcore.config.divide import tensor_parallel_problems
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import RolloutConfig, RunConfig, SyncConfig
 from osft_mcore.errors import ConfigError, WeightError

@@ -73,7 +73,7 @@ def random_into(
         name = copy.src_param
         if name not in last:
             last.clear()
-            last[name] = _random_tensor(name, sizes[name], seed, shape.init_std)
+            last[name] = random_tensor(name, sizes[name], seed, shape.init_std)
         return last[name].narrow(copy.dim, copy.src_start, copy.length)
 
     fill(params, layouts, {0: hf_layouts(shape)}, rows)
@@ -101,7 +101,8 @@ def _write(param: Tensor, parts: Sequence[Copy | Padding], rows: Rows) -> None:
             param.narrow(part.dim, part.dst_start, part.length).copy_(rows(part))
 
 
-def _random_tensor(name: str, size: tuple[int, ...], seed: int, std: float) -> Tensor:
+def random_tensor(name: str, size: tuple[int, ...], seed: int, std: float) -> Tensor:
+    """What `random_into` says of a whole Hugging Face tensor; fp32, on the CPU."""
     if name.endswith("norm.weight"):
         return torch.ones(size, device="cpu")
     if name.endswith(".bias"):

@@ -1,26 +1,24 @@
-"""Hugging Face safetensors folders: read slices into a layout, write shards in a stream."""
+"""Reads Hugging Face safetensors folders: any slices of them, into any layout."""
 
 import json
-import os
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from osft_mcore.config.model_shape import ModelShape, read_model_shape
+from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.errors import WeightError
 from osft_mcore.weights.fill import fill
-from osft_mcore.weights.layout import Layout
-from osft_mcore.weights.params import OUTPUT, hf_layouts, hf_tensors
+from osft_mcore.weights.layout import Layout, Layouts
+from osft_mcore.weights.params import EMBEDDING, OUTPUT, hf_layouts, hf_tensors
 from osft_mcore.weights.plan import Copy
+from osft_mcore.weights.safetensors_read import FLOATS, read_header, read_rows
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLOATS = ("BF16", "F16", "F32", "F64")
+ROWS_AT_ONCE: Final = 4096
 
 
 def read_hf_index(folder: str | Path) -> dict[str, Path]:
@@ -53,6 +51,69 @@ def read_hf_index(folder: str | Path) -> dict[str, Path]:
     return index
 
 
+class HfSource:
+    """A Hugging Face folder as a `WeightSource` with one shard."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises ConfigError or WeightError as `read_hf_index` does."""
+        self.shape = read_model_shape(folder)
+        self._index = read_hf_index(folder)
+        self._headers = {path: read_header(path) for path in self.files}
+        self._layouts = {0: hf_layouts(self.shape)}
+        self._whole: dict[str, Tensor] = {}
+
+    @property
+    def files(self) -> list[Path]:
+        """All that hold weights."""
+        return sorted(set(self._index.values()))
+
+    @property
+    def layouts(self) -> Layouts:
+        """Every tensor as itself, whole."""
+        return self._layouts
+
+    def dtype(self, shard: int, param: str) -> torch.dtype:
+        """As in the file."""
+        return FLOATS[self._headers[self._index[param]][param].dtype]
+
+    def rows(self, copy: Copy) -> Tensor:
+        """See `WeightSource`."""
+        name, start, stop = copy.src_param, copy.src_start, copy.src_start + copy.length
+        path = self._index[name]
+        stored = self._headers[path][name]
+        if copy.dim == 0:
+            return read_rows(path, stored, start, stop)
+        # Columns lie all over the file. Whoever asks for some will ask for the rest of them.
+        if name not in self._whole:
+            self._whole.clear()
+            self._whole[name] = read_rows(path, stored, 0, stored.shape[0])
+        return self._whole[name].narrow(copy.dim, start, copy.length)
+
+
+def check_tied_head(folder: str | Path) -> None:
+    """Raise WeightError if a tied model comes with an output layer that is not its embedding.
+
+    Nothing reads it, so whoever made it would miss it.
+    """
+    folder = Path(folder)
+    claimed, _ = _files(folder)
+    if not read_model_shape(folder).tied or not {OUTPUT, EMBEDDING} <= claimed.keys():
+        return
+    head, embedding = (read_header(claimed[name])[name] for name in (OUTPUT, EMBEDDING))
+    equal = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
+        torch.equal(
+            read_rows(claimed[OUTPUT], head, row, min(row + ROWS_AT_ONCE, head.shape[0])),
+            read_rows(claimed[EMBEDDING], embedding, row, min(row + ROWS_AT_ONCE, head.shape[0])),
+        )
+        for row in range(0, head.shape[0], ROWS_AT_ONCE)
+    )
+    if not equal:
+        raise WeightError(
+            f"{folder}: {OUTPUT} is there and differs from {EMBEDDING}, but config.json ties the "
+            "two; set tie_word_embeddings to false there, or remove the tensor"
+        )
+
+
 def load_into(
     params: Mapping[str, Tensor], layouts: Mapping[str, Layout], folder: str | Path
 ) -> None:
@@ -61,57 +122,8 @@ def load_into(
     Reads only the rows that the layouts name, one tensor at a time; padding becomes zero. Not
     collective. Raises WeightError if the folder or the parameters do not fit the model.
     """
-    shape = read_model_shape(folder)
-    index = read_hf_index(folder)
-
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(_opened(path)) for path in set(index.values())}
-
-        def rows(copy: Copy) -> Tensor:
-            view = files[index[copy.src_param]].get_slice(copy.src_param)
-            start, stop = copy.src_start, copy.src_start + copy.length
-            part: Tensor = view[start:stop] if copy.dim == 0 else view[:, start:stop]
-            return part
-
-        fill(params, layouts, {0: hf_layouts(shape)}, rows)
-
-
-def save_hf(
-    folder: str | Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    shape: ModelShape,
-    max_shard_bytes: int,
-) -> None:
-    """Write safetensors files, with an index if there are several; call on one rank.
-
-    Takes tensors as they come and holds at most one shard of them, so a generator may reuse its
-    buffer. Files get their names only once all are complete, the index last: a folder that was
-    interrupted does not load. Raises WeightError if a tensor is missing, unknown, given twice or
-    of the wrong shape; then nothing of it is left and earlier weights are untouched.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[list[str]] = []
-    sizes: dict[str, int] = {}
-    held: dict[str, Tensor] = {}
-    expected = hf_tensors(shape)
-    try:
-        for name, tensor in tensors:
-            _check_tensor(name, tensor, expected, sizes)
-            sizes[name] = tensor.numel() * tensor.element_size()
-            if held and sum(sizes[member] for member in held) + sizes[name] > max_shard_bytes:
-                _write_shard(folder, shards, held)
-            held[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        missing = [name for name in expected if name not in sizes]
-        if missing:
-            raise WeightError(f"cannot save {folder}: no tensor came for {', '.join(missing)}")
-        _write_shard(folder, shards, held)
-        _publish(folder, shards, sum(sizes.values()))
-    finally:
-        for number in range(len(shards) + 1):
-            with suppress(FileNotFoundError):
-                _temporary(folder, number).unlink()
+    source = HfSource(folder)
+    fill(params, layouts, source.layouts, source.rows)
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
@@ -119,15 +131,23 @@ def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     if (folder / INDEX).is_file():
         claimed = {name: folder / file for name, file in _weight_map(folder / INDEX).items()}
     elif (folder / SINGLE).is_file():
-        with _opened(folder / SINGLE) as file:
-            claimed = dict.fromkeys(file.keys(), folder / SINGLE)
+        claimed = dict.fromkeys(read_header(folder / SINGLE), folder / SINGLE)
     else:
         raise WeightError(
-            f"{folder}: neither {INDEX} nor {SINGLE} is there; point model.path to a folder with "
-            "safetensors, or set model.init to random"
+            f"{folder}: neither {INDEX} nor {SINGLE} is there; expected a Hugging Face folder with "
+            "safetensors (a model that starts from random weights needs model.init=random)"
         )
     absent = sorted({path.name for path in claimed.values() if not path.is_file()})
     problems = [f"{INDEX} names {name}, which is not there" for name in absent]
+    if (folder / SINGLE).is_file() and folder / SINGLE not in claimed.values():
+        problems.append(
+            f"both {SINGLE} and {INDEX} are there, and programs differ in which they read; remove "
+            "the one that is not meant"
+        )
+    for path in sorted(set(claimed.values())):
+        if path.is_file():
+            others = [name for name in read_header(path) if claimed.get(name) != path]
+            problems += [f"{name} is in {path.name}, but {INDEX} says otherwise" for name in others]
     return claimed, problems
 
 
@@ -148,80 +168,17 @@ def _wrong_tensors(path: Path, wanted: Mapping[str, tuple[int, ...]]) -> list[st
     if not path.is_file():
         return []
     problems = []
-    with _opened(path) as file:
-        present = set(file.keys())
-        for name, tensor_shape in wanted.items():
-            if name not in present:
-                problems.append(f"{name} is not in {path.name}, where {INDEX} says it is")
-                continue
-            view = file.get_slice(name)
-            if tuple(view.get_shape()) != tensor_shape:
-                found = tuple(view.get_shape())
-                problems.append(f"{name} has shape {found}, config.json asks for {tensor_shape}")
-            if view.get_dtype() not in FLOATS:
-                problems.append(
-                    f"{name} is {view.get_dtype()}; expected one of {', '.join(FLOATS)}: quantised "
-                    "checkpoints cannot be trained"
-                )
+    present = read_header(path)
+    for name, tensor_shape in wanted.items():
+        if name not in present:
+            problems.append(f"{name} is not in {path.name}, where {INDEX} says it is")
+            continue
+        found = present[name]
+        if found.shape != tensor_shape:
+            problems.append(f"{name} has shape {found.shape}, config.json asks for {tensor_shape}")
+        if found.dtype not in FLOATS:
+            problems.append(
+                f"{name} is {found.dtype}; expected one of {', '.join(FLOATS)}: quantised "
+                "checkpoints cannot be trained"
+            )
     return problems
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise WeightError(f"{path} is not a complete safetensors file: {error}") from error
-
-
-def _check_tensor(
-    name: str, tensor: Tensor, expected: Mapping[str, tuple[int, ...]], done: Mapping[str, int]
-) -> None:
-    if name in done:
-        raise WeightError(f"tensor {name!r} came twice")
-    if tuple(tensor.shape) != expected.get(name):
-        raise WeightError(
-            f"tensor {name!r} has shape {tuple(tensor.shape)}, expected "
-            f"{expected.get(name, 'no such tensor')}"
-        )
-
-
-def _temporary(folder: Path, number: int) -> Path:
-    # Not *.safetensors: nothing that globs a folder takes it for a weight file.
-    return folder / f".shard-{number}.incomplete"
-
-
-def _write_shard(folder: Path, shards: list[list[str]], held: dict[str, Tensor]) -> None:
-    path = _temporary(folder, len(shards))
-    save_file(held, path, metadata={"format": "pt"})
-    _flush(path)
-    shards.append(list(held))
-    held.clear()
-
-
-def _publish(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """Give complete shards their names; what was there before goes first."""
-    for old in (folder / INDEX, folder / SINGLE, *folder.glob("model-*-of-*.safetensors")):
-        old.unlink(missing_ok=True)
-    if len(shards) == 1:
-        _temporary(folder, 0).replace(folder / SINGLE)
-    else:
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards):
-            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            _temporary(folder, number).replace(folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        temporary = folder / f".{INDEX}.incomplete"
-        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _flush(temporary)
-        temporary.replace(folder / INDEX)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    """Make a file's contents, or a folder's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

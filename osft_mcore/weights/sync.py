@@ -60,8 +60,11 @@ class WeightSync:
         config: SyncConfig,
         *,
         alias_forbidden: str = "",
+        version: int = 0,
     ) -> None:
         """Plan; `tensors` are the layouts of the whole Hugging Face tensors.
+
+        The first push delivers version `version` + 1.
 
         `alias_forbidden` says why the engine may not share memory; empty if it may. Every rank must
         call. Raises WeightError if the two sides do not fit, sync.mode cannot be had, or ranks
@@ -70,7 +73,7 @@ class WeightSync:
         check_sides(sources, targets)
         aliases = choose_aliases(config.mode, sources, targets, forbidden=alias_forbidden)
         self.deliveries = deliveries(sources, targets, aliases, forbidden=alias_forbidden)
-        self.version = 0
+        self.version = version
         self._ends = ends
         self._bytes_least = sum(missing_elements(sources, targets).values()) * ends.dtype.itemsize
         aliased = sum(delivery.elements for delivery in self.deliveries if delivery.aliased)

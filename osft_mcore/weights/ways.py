@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from osft_mcore.config.schema import SyncConfig
 from osft_mcore.errors import WeightError
 from osft_mcore.weights.execute import TransferReport, combined, execute
+from osft_mcore.weights.finite import non_finite
 from osft_mcore.weights.layout import Layout, Layouts
 from osft_mcore.weights.phases import Phases
 from osft_mcore.weights.plan import ReshardPlan
@@ -78,7 +79,10 @@ class Direct:
         ends = self._ends
         sources = ends.source_params()
         targets = ends.target.begin_update()
-        problems = self._share(sources)
+        phases = Phases(ends.device)
+        with phases("verify"):
+            problems = non_finite(sources)
+        problems += self._share(sources)
         if self._aliases:
             targets = ends.target.begin_update()
         problems += [
@@ -94,7 +98,6 @@ class Direct:
             and targets[name].data_ptr() != sources[source].data_ptr()
         ]
         report = execute(self._schedule, sources, targets, group=ends.group, problems=problems)
-        phases = Phases(ends.device)
         with phases("verify"):
             check_delivered(
                 self._audit,
@@ -151,9 +154,14 @@ class Reload:
         """Stream the model into the engine, every portion proven. Collective over the group."""
         ends, reports, broken = self._ends, list[TransferReport](), list[WeightError]()
         ends.target.begin_update()
+        sources = ends.source_params()
+        # Before the loader has seen anything.
+        agree(
+            [f"rank {ends.rank}: {line}" for line in non_finite(sources)], ends.group, ends.device
+        )
         stream = stream_tensors(
             self._portions,
-            ends.source_params(),
+            sources,
             verify=self._verify,
             turn=turn,
             group=ends.group,

@@ -1,7 +1,8 @@
-"""Training states: saved by one layout, gone on from in any other, to the bit where it is the same."""
+"""Training states: saved by one layout, gone on from in any; in the same one, to the bit."""
 
 import json
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from models import save_random_model
 from ranks import run_ranks
 
 from osft_mcore.actor.actor import Actor
-from osft_mcore.checkpoint.folder import checkpoints_in
+from osft_mcore.checkpoint.folder import STATE, checkpoints_in
 from osft_mcore.checkpoint.manifest import problems_of
 from osft_mcore.config.schema import (
     CheckpointConfig,
@@ -24,7 +25,8 @@ from osft_mcore.log.console import Console
 from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Example
-from osft_mcore.train.checkpoints import STATE, Checkpoints
+from osft_mcore.train.checkpoints import Checkpoints
+from osft_mcore.train.resume import ResumePoint
 from osft_mcore.train.start import build_actor
 
 CPU = torch.device("cpu")
@@ -58,9 +60,8 @@ def config_of(model: Path, case: Case) -> RunConfig:
 def batch(turn: int) -> list[Example]:
     generator = torch.Generator().manual_seed(turn)
     tokens = torch.randint(0, 67, (8, 12), generator=generator).tolist()
-    return [
-        Example(prompt_token_ids=tuple(row[:5]), response_token_ids=tuple(row[5:])) for row in tokens
-    ]
+    rows = [(tuple(row[:5]), tuple(row[5:])) for row in tokens]
+    return [Example(prompt_token_ids=p, response_token_ids=r) for p, r in rows]
 
 
 def train(actor: Actor, first: int, last: int) -> list[float]:
@@ -80,11 +81,19 @@ def everything(actor: Actor) -> dict[str, torch.Tensor]:
     return {f"{t.kind}/{t.param}/{t.start}": t.tensor.clone() for t in actor.training_state()}
 
 
+class SlowCopies(Checkpoints):
+    """Copies late: what training would change meanwhile, it has to leave alone."""
+
+    def _copy_to_host(self, *args: Any) -> None:
+        time.sleep(0.3)
+        super()._copy_to_host(*args)
+
+
 def save_and_go_on(rank: int, model: Path, root: Path, case: Case, background: bool) -> Any:
     """Two updates, a save, and two more while the files are written; what these came to."""
     actor = build_actor(config_of(model, case), join(case))
     config = CheckpointConfig(async_=background)
-    checkpoints = Checkpoints(root, config, actor, {"config.json": b"{}"}, Console(enabled=False))
+    checkpoints = SlowCopies(root, config, actor, {"config.json": b"{}"}, Console(enabled=False))
     train(actor, 0, 1)
     checkpoints.save(2, {"num_updates": actor.num_updates})
     figures = train(actor, 2, 3)
@@ -94,8 +103,9 @@ def save_and_go_on(rank: int, model: Path, root: Path, case: Case, background: b
 
 def resume(rank: int, model: Path, folder: Path, case: Case) -> Any:
     """The two later updates again, from the files."""
-    actor = build_actor(config_of(model, case), join(case), checkpoint=folder)
-    actor.num_updates = json.loads((folder / STATE).read_text())["num_updates"]
+    state = json.loads((folder / STATE).read_text())
+    point = ResumePoint(folder=folder, state=state, skipped=(), changed=())
+    actor = build_actor(config_of(model, case), join(case), point)
     figures = train(actor, 2, 3)
     return figures, everything(actor)
 

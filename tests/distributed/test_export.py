@@ -14,6 +14,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from osft_mcore.actor.export import export_hf
+from osft_mcore.checkpoint.manifest import problems_of, read_manifest
 from osft_mcore.config.schema import ModelConfig, ParallelConfig, RunConfig
 from osft_mcore.data.arithmetic import character_tokenizer
 from osft_mcore.parallel.groups import join_groups
@@ -54,6 +55,7 @@ def export(
     topology: Topology,
     max_shard_bytes: int = SHARD,
     shift: float = 0.0,
+    card: str | None = None,
 ) -> None:
     """Load and export every folder; `shift` is added to all weights in between."""
     context = join_groups(topology, device=torch.device("cpu"))
@@ -65,7 +67,7 @@ def export(
         actor = build_actor(config, context)
         for parameter in actor.parameters().values():
             parameter.add_(shift)
-        export_hf(actor, out / name, max_shard_bytes=max_shard_bytes, bucket_bytes=8192)
+        export_hf(actor, out / name, max_shard_bytes=max_shard_bytes, bucket_bytes=8192, card=card)
     # Rank 0 writes: nobody looks before it is done.
     dist.barrier()
 
@@ -99,7 +101,7 @@ def assert_sharded(folder: Path) -> None:
 
 
 def other_files(folder: Path) -> dict[str, str]:
-    weights = ("config.json", INDEX)
+    weights = ("config.json", "manifest.json", INDEX)
     return {
         path.name: path.read_text(encoding="utf-8")
         for path in folder.iterdir()
@@ -118,6 +120,7 @@ def test_untrained_weights_come_back_bit_for_bit(
     for name, folder in folders.items():
         assert_equal_bits(tmp_path / name, folder)
         assert_sharded(tmp_path / name)
+        assert problems_of(tmp_path / name, hashes=True) == []
         side_files = other_files(tmp_path / name)
         assert side_files == other_files(folder)
         assert {"generation_config.json", "tokenizer.json"} <= side_files.keys()
@@ -154,6 +157,26 @@ def test_config_says_the_dtype_of_the_weights(
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / dtype)
     assert loaded.dtype == DTYPES[dtype]
     assert {t.dtype for t in read_weights(tmp_path / dtype).values()} == {DTYPES[dtype]}
+
+
+def test_the_card_is_ours_and_the_base_models_is_kept_beside_it(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(folders["qwen2_tied_fp32"], tmp_path / "base")
+    (base / "README.md").write_text("theirs", encoding="utf-8")
+    (base / "LICENSE").write_text("their licence", encoding="utf-8")
+    one = {"fp32": base}
+    topology = Topology(tp=1, pp=1, dp=1)
+    for number, card in enumerate(("ours", None)):
+        out = tmp_path / str(number)
+        run_ranks(export, 1, folders=one, out=out, topology=topology, card=card)
+        files = other_files(out / "fp32")
+        assert files.get("README.md") == card
+        assert files["BASE_MODEL_README.md"] == "theirs"
+        assert files["BASE_MODEL_LICENSE"] == "their licence"
+        assert "LICENSE" not in files
+        found = {path.name for path in (out / "fp32").iterdir()}
+        assert read_manifest(out / "fp32").keys() == found - {"manifest.json"}
 
 
 def test_an_existing_folder_is_replaced_as_a_whole(

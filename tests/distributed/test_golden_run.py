@@ -5,56 +5,36 @@ After a reviewed change of the numbers: python tools/regenerate_golden_run.py
 """
 
 import json
-import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from torch_engine import TorchEngine, torch_engine_layouts
+from torch_engine import build_torch_engine
+from toy_run import MODEL, START, TASK, Start, read_lines, toy_config, write_start
 
-from osft_mcore.actor.actor import Actor, UpdateResult
+from osft_mcore.actor.actor import UpdateResult
 from osft_mcore.config.check import check
 from osft_mcore.config.schema import (
-    AnnealingConfig,
     DataConfig,
-    EvaluationConfig,
     ModelConfig,
-    ParallelConfig,
     RolloutConfig,
     RunConfig,
-    SyncConfig,
     TrainConfig,
 )
-from osft_mcore.data.arithmetic import ArithmeticTask, TinyModel, write_arithmetic
-from osft_mcore.data.tokenizer import load_tokenizer
+from osft_mcore.data.arithmetic import write_arithmetic
 from osft_mcore.errors import WeightError
-from osft_mcore.evaluation.evaluator import Evaluator
-from osft_mcore.evaluation.grading import Grader
 from osft_mcore.log.console import Console
-from osft_mcore.log.metrics import Clock, MetricsLog
-from osft_mcore.log.run_folder import RunFolder
-from osft_mcore.parallel.groups import ParallelContext, join_groups
+from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Example
-from osft_mcore.train.inputs import load_held_out, load_train_prompts
-from osft_mcore.train.loop import OsftLoop
+from osft_mcore.train.osft import open_loop, run_osft
 from osft_mcore.train.sft import run_sft
-from osft_mcore.train.start import build_actor
-from osft_mcore.weights.params import hf_layouts
-from osft_mcore.weights.sync import WeightSync
-from osft_mcore.weights.ways import Ends
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "osft_20_steps.jsonl"
-START = GOLDEN.with_name("osft_start.safetensors")
-"""Weights to start from: a short SFT taught them the form of an answer and some sums. Kept, because
-training them anew on another processor would end in other weights (SFT amplifies rounding)."""
 GOLDEN_TOPOLOGY = Topology(tp=2, pp=1, dp=1, rollout_tp=2)
 OTHER_TOPOLOGIES = {
     "one rank": Topology(tp=1, pp=1, dp=1),
@@ -65,17 +45,6 @@ OTHER_TOPOLOGIES = {
 NUM_STEPS = 20
 OF_THE_LAYOUT = ("time/", "sync/bytes", "sync/peak")
 """What may differ between layouts: not what is learnt, but what it takes."""
-# All stated here: the demo's defaults may change without changing this run.
-TASK = ArithmeticTask(
-    num_sft=40, num_train=16, num_eval=16, num_addends=2, max_addend=12, wrong_share=0.1, seed=1
-)
-MODEL = TinyModel(
-    hidden=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32, ffn=64, tied=True,
-    max_position=64, init_std=0.06,
-)  # fmt: skip
-# Adam divides by sqrt(v) + eps. With the usual 1e-8 a gradient of pure rounding noise moves its
-# weight by a whole lr, differently in each layout; this eps is above the noise.
-EPS = 1e-3
 TOLERANCE = 1e-5
 NOISE = {"sync/logprob_diff_mean": 1e-6, "sync/logprob_diff_max": 1e-4}
 """Rounding differences between engine and actor: bounded by these, not reproduced."""
@@ -92,101 +61,15 @@ class Run:
     weights: dict[str, torch.Tensor]
 
 
-def osft_config(data: Path, model: Path, out: Path, topology: Topology) -> RunConfig:
-    return RunConfig(
-        output_dir=str(out),
-        model=ModelConfig(path=str(model), dtype="fp32"),
-        parallel=ParallelConfig(tp=topology.tp, pp=topology.pp, dp=topology.dp),
-        rollout=RolloutConfig(
-            tp=topology.rollout_tp, tau_sample=0.6, num_samples=2,
-            annealing=AnnealingConfig(mode="linear", end_tau=1.0, steps=15),
-            max_prompt_tokens=16, max_response_tokens=20,
-        ),
-        train=TrainConfig(
-            steps=NUM_STEPS, prompts_per_step=8, prompts_per_update=4, micro_batch_size=4,
-            lr=5e-4, lr_schedule="cosine", lr_warmup_steps=3, eps=EPS,
-        ),
-        data=DataConfig(train=str(data / "train.parquet")),
-        evaluation=EvaluationConfig(
-            files=(str(data / "eval.parquet"),), every=7, num_samples=4, baseline_temperatures=(0,),
-        ),
-    )  # fmt: skip
-
-
-def osft(_rank: int, data: Path, model: Path, out: Path, topology: Topology) -> None:
-    """`run_osft` without vLLM."""
+def osft(_rank: int, start: Start, out: Path, topology: Topology) -> None:
     context = join_groups(topology, device=torch.device("cpu"))
-    config = osft_config(data, model, out, topology)
+    config = toy_config(start, out, topology)
     check(config, world_size=topology.world_size, phase="train", device="cpu")
-    with ExitStack() as stack:
-        evaluation = config.evaluation
-        grader = Grader(evaluation.grader_workers, evaluation.grader_timeout_s)
-        stack.callback(grader.close)
-        loop = build_loop(config, context, grader if context.rank == 0 else None)
-        loop.folder.create()
-        loop.sync.push()
-        loop.score_start()
-        loop.fit()
-        loop.evaluate(NUM_STEPS, evaluation.temperature)
-        loop.save("hf")
-    dist.barrier()
+    run_osft(config, context, Console(enabled=False), build_torch_engine)
 
 
-def build_loop(config: RunConfig, context: ParallelContext, grader: Grader | None) -> OsftLoop:
-    tokenizer = load_tokenizer(config.model.path, None)
-    actor = build_actor(config, context)
-    stop = sorted(tokenizer.eos_token_ids)
-    engine = TorchEngine(config.model.path, stop_token_ids=stop, context=context)
-    folder = RunFolder(config.output_dir, writer=context.rank == 0)
-    return OsftLoop(
-        config=config,
-        num_steps=NUM_STEPS,
-        prompts=load_train_prompts(config, tokenizer).prompts,
-        actor=actor,
-        engine=engine,
-        sync=build_sync(actor, engine),
-        evaluator=Evaluator(
-            engine,
-            load_held_out(config, tokenizer).by_source,
-            tokenizer.decode,
-            grader,
-            num_samples=config.evaluation.num_samples,
-            top_p=config.evaluation.top_p,
-            max_tokens=config.rollout.max_response_tokens,
-            seed=config.seed,
-        ),
-        folder=folder,
-        metrics=MetricsLog(folder, config.logging, {}),
-        console=Console(enabled=False),
-        clock=Clock(),
-        decode=tokenizer.decode,
-    )
-
-
-def build_sync(actor: Actor, engine: TorchEngine) -> WeightSync:
-    context = actor.context
-    ends = Ends(
-        rank=context.rank,
-        source_params=actor.parameters,
-        target=engine,
-        dtype=actor.dtype,
-        group=context.world_group,
-        device=context.device,
-    )
-    targets = torch_engine_layouts(actor.shape, context.topology)
-    return WeightSync(actor.layouts, targets, hf_layouts(actor.shape), ends, SyncConfig())
-
-
-def write_start(root: Path) -> tuple[Path, Path]:
-    """The data folder and the model to start from."""
-    files = write_arithmetic(root / "data", TASK, MODEL)
-    shutil.copyfile(START, files.model / "model.safetensors")
-    return root / "data", files.model
-
-
-def run(start: tuple[Path, Path], out: Path, topology: Topology) -> Run:
-    data, model = start
-    run_ranks(osft, topology.world_size, data=data, model=model, out=out, topology=topology)
+def run(start: Start, out: Path, topology: Topology) -> Run:
+    run_ranks(osft, topology.world_size, start=start, out=out, topology=topology)
     records = [*read_lines(out / "metrics.jsonl"), *read_lines(out / "evaluations.jsonl")]
     rollouts = [out / "rollouts" / f"step_{step}.jsonl" for step in range(1, NUM_STEPS + 1)]
     return Run(
@@ -194,10 +77,6 @@ def run(start: tuple[Path, Path], out: Path, topology: Topology) -> Run:
         sampled=[row["response_token_ids"] for file in rollouts for row in read_lines(file)],
         weights=load_file(out / "hf" / "model.safetensors"),
     )
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -244,33 +123,34 @@ def record_start(root: Path) -> None:
     save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, START)
 
 
-def sample_before_updates(_rank: int, data: Path, model: Path, out: Path) -> list[str]:
+def sample_before_updates(_rank: int, start: Start, out: Path) -> list[str]:
     """Two steps that ask the engine before each optimizer update; how it refused."""
     topology = Topology(tp=1, pp=1, dp=1)
     context = join_groups(topology, device=torch.device("cpu"))
-    loop = replace(build_loop(osft_config(data, model, out, topology), context, None), num_steps=2)
-    real_update, refusals = loop.actor.update, []
+    config = toy_config(start, out, topology)
+    config = replace(config, train=replace(config.train, steps=2))
+    with open_loop(config, context, Console(enabled=False), build_torch_engine) as loop:
+        real_update, refusals = loop.actor.update, []
 
-    def update(examples: Sequence[Example], *, tau_sample: float, lr: float) -> UpdateResult:
-        with pytest.raises(WeightError) as refused:
-            loop.engine.generate(loop.batch(1), loop.sampling(1, tau_sample))
-        refusals.append(str(refused.value))
-        return real_update(examples, tau_sample=tau_sample, lr=lr)
+        def update(examples: Sequence[Example], *, tau_sample: float, lr: float) -> UpdateResult:
+            with pytest.raises(WeightError) as refused:
+                loop.engine.generate(loop.batch(1), loop.sampling(1, tau_sample))
+            refusals.append(str(refused.value))
+            return real_update(examples, tau_sample=tau_sample, lr=lr)
 
-    loop.actor.update = update
-    loop.folder.create()
-    loop.sync.push()
-    loop.fit()
+        loop.actor.update = update
+        loop.sync.push()
+        loop.fit()
     return refusals
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return write_start(tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture(scope="module")
-def golden_run(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+def golden_run(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(start, tmp_path_factory.mktemp("golden") / "run", GOLDEN_TOPOLOGY)
 
 
@@ -295,19 +175,16 @@ def test_the_run_is_worth_recording() -> None:
     assert max(scores) < 1
 
 
-def test_nobody_samples_while_the_actor_is_updated(
-    start: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_nobody_samples_while_the_actor_is_updated(start: Start, tmp_path: Path) -> None:
     """From the first update to the next push: an engine may read the actor's own memory."""
-    data, model = start
-    [refusals] = run_ranks(sample_before_updates, 1, data=data, model=model, out=tmp_path / "run")
+    [refusals] = run_ranks(sample_before_updates, 1, start=start, out=tmp_path / "run")
     assert len(refusals) == 2 * 2, "two updates a step"
     assert all("a push must finish first" in refusal for refusal in refusals)
 
 
 @pytest.mark.parametrize("topology", OTHER_TOPOLOGIES.values(), ids=OTHER_TOPOLOGIES.keys())
 def test_the_run_does_not_depend_on_the_layout(
-    start: tuple[Path, Path], golden_run: Run, tmp_path: Path, topology: Topology
+    start: Start, golden_run: Run, tmp_path: Path, topology: Topology
 ) -> None:
     other = run(start, tmp_path / "run", topology)
     assert other.sampled == golden_run.sampled

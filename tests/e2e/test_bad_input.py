@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,12 +261,84 @@ def test_a_launcher_that_does_not_fit_is_told(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_folder_in_use_stays_as_it_is(files: Files, tmp_path: Path) -> None:
+def as_left_by(folder: Path, files: dict[str, str]) -> set[str]:
+    """A run folder with these files; returns their paths."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return set(files)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("left", "options", "code", "expected"),
+    [
+        (
+            {"manifest.json": "{}"},
+            ["checkpoint.resume=never"],
+            CONFIG,
+            ["output_dir: 'out' already holds a run", "checkpoint.resume=auto"],
+        ),
+        (
+            {"manifest.json": "{}", "summary.json": '{"steps": 100000}'},
+            [],
+            86,
+            ["100000 of 100000 steps are done", "raise train.steps"],
+        ),
+        (
+            {"manifest.json": "{}", "summary.json": '{"steps": 7}'},
+            [],
+            CONFIG,
+            ["output_dir: the run in 'out' ended after 7 steps and kept no checkpoint"],
+        ),
+        (
+            {"manifest.json": "{}", "checkpoints/step_4/rank_00000.safetensors": ""},
+            [],
+            8,
+            ["step_4: no manifest.json", "no whole checkpoint is left in out/checkpoints"],
+        ),
+        ({"other.txt": ""}, ["checkpoint.resume=out"], CONFIG, ["checkpoint.resume: 'out' is nei"]),
+    ],
+    ids=["never", "finished", "ended without a checkpoint", "damaged", "no checkpoint"],
+)
+def test_a_run_folder_that_cannot_be_gone_on_with_stays_as_it_is(
+    files: Files,
+    tmp_path: Path,
+    left: dict[str, str],
+    options: list[str],
+    code: int,
+    expected: list[str],
+) -> None:
+    names = as_left_by(tmp_path / "out", left)
+    result = forked(files.options("train", *options), tmp_path)
+    assert_one_error(result, code, expected)
+    assert files_in(tmp_path / "out") == names
+
+
+def test_a_second_job_on_the_same_folder_is_refused(files: Files, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "manifest.json").write_text("{}")
-    result = forked(files.options("train"), tmp_path)
-    assert_one_error(result, CONFIG, ["output_dir: 'out' already holds a run"])
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "manifest.json"]
+    with held_by_another_process(tmp_path / "out") as pid:
+        result = forked(files.options("train"), tmp_path)
+    assert_one_error(result, CONFIG, [f"output_dir: out is in use by process {pid} on "])
+
+
+@contextmanager
+def held_by_another_process(folder: Path) -> Iterator[int]:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom osft_mcore.log.lock import run_lock\n"
+        "with run_lock(Path(sys.argv[1]), job_id=None):\n    print(flush=True)\n    input()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None, "asked to be a pipe"
+    holder.stdout.readline()
+    yield holder.pid
+    holder.communicate(b"\n")
+    assert holder.returncode == 0
 
 
 def test_everything_wrong_with_the_files_is_reported_at_once(files: Files, tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
-from engines_vllm import join, random_prompts, run_config, start_engine
+from engines_vllm import bare_loop, join, random_prompts, run_config, start_engine
 from models import save_random_model
 from ranks import run_ranks
 
@@ -17,14 +16,10 @@ from osft_mcore.actor.actor import Agreement
 from osft_mcore.config.check import check
 from osft_mcore.config.schema import AlgorithmConfig, SyncConfig, TrainConfig
 from osft_mcore.errors import AgreementError, DataError
-from osft_mcore.log.console import Console
-from osft_mcore.log.metrics import Clock, MetricsLog
-from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Prompt, Response
 from osft_mcore.rollout.vllm_engine import VllmEngine
 from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
-from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.osft import build_sync
 from osft_mcore.train.start import build_actor
 from osft_mcore.weights.sync import WeightSync
@@ -116,23 +111,8 @@ def fit(_rank: int, folder: Path, out: Path, fault: Fault, **rollout: Any) -> st
     actor = build_actor(config, context)
     engine = start_engine(config, context)
     sync = build_sync(config, actor, engine)
-    run_folder = RunFolder(out, writer=context.rank == 0)
-    run_folder.create()
-    dist.barrier()
-    loop = OsftLoop(
-        config=config,
-        num_steps=NUM_STEPS,
-        prompts=random_prompts(16, vocab=VOCAB),
-        actor=actor,
-        engine=engine,
-        sync=sync,
-        evaluator=None,
-        decode=str,
-        folder=run_folder,
-        metrics=MetricsLog(run_folder, config.logging, {}),
-        console=Console(enabled=False),
-        clock=Clock(),
-    )
+    prompts = random_prompts(16, vocab=VOCAB)
+    loop = bare_loop(config, actor, engine, sync, prompts=prompts, num_steps=NUM_STEPS, out=out)
     fault(sync, engine)
     sync.push()
     try:

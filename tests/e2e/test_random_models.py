@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from models import MAX_POSITIONS, save_random_model
 from ranks import run_ranks
 
-from osft_mcore.config.check import VOCAB_PADDING, check, divisors
+from osft_mcore.config.check import check
+from osft_mcore.config.divide import VOCAB_PADDING, divisors
 from osft_mcore.config.model_shape import FAMILIES, LLAMA3_ROPE, padded_vocab
 from osft_mcore.config.schema import RunConfig, SyncConfig, TrainConfig
 from osft_mcore.parallel.topology import Topology

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import math
+import os
 import re
+import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,23 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from engines_vllm import join, random_prompts, run_config, start_engine
+from engines_vllm import bare_loop, join, random_prompts, run_config, start_engine
 from models import save_random_model
-from program import no_process_left, outcome, started
+from program import children, no_process_left, outcome, read_until, started
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from osft_mcore.actor.export import export_hf
 from osft_mcore.config.check import check
 from osft_mcore.config.load import load_config
 from osft_mcore.config.schema import SyncConfig, TrainConfig
 from osft_mcore.data.arithmetic import PROBLEM_SCHEMA, ArithmeticTask, TinyModel, write_arithmetic
 from osft_mcore.errors import AgreementError
-from osft_mcore.log.console import Console
-from osft_mcore.log.metrics import Clock, MetricsLog
-from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.rollout.vllm_engine import VllmEngine
-from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.osft import build_sync
 from osft_mcore.train.start import build_actor
 from osft_mcore.weights.sync import WeightSync
@@ -181,6 +181,53 @@ def test_kept_answers_are_graded_against_the_ground_truth(runs: Runs) -> None:
             assert answer["correct"] == (box[-1:] == [answer["ground_truth"]]), answer
 
 
+INTERRUPTED = [*OSFT, "output_dir=interrupted", "checkpoint.every=1"]
+
+
+def start_again(runs: Runs) -> "subprocess.Popen[str]":
+    return started(["train", *INTERRUPTED], runs.root)
+
+
+def test_an_interrupted_run_is_the_run_left_alone(runs: Runs) -> None:
+    """Killed with everything it started, then asked to stop, then left alone."""
+    run = runs.root / "interrupted"
+    with no_process_left():
+        first = start_again(runs)
+        assert f"osft 1/{NUM_STEPS}" in read_until(first, "osft 1/")
+        first.kill()
+        assert outcome(first).code == -signal.SIGKILL
+        second = start_again(runs)
+        assert f"/{NUM_STEPS}  nll" in read_until(second, "  nll")
+        # Any rank may be told: the ranks agree.
+        os.kill(children(second.pid)[1], signal.SIGTERM)
+        stopped = outcome(second)
+        assert stopped.code == 85, stopped
+        assert "SIGTERM: saving after this step, then stopping" in stopped.err
+        assert re.search(r"rank 1: SIGTERM; stopped after step [23] of 3 and saved", stopped.err)
+        last = outcome(start_again(runs), timeout_s=240.0)
+    assert (last.code, last.err) == (0, ""), last
+    assert re.search(r"going on from interrupted/checkpoints/step_[23]: [23] of 3", last.out)
+    assert figures(run) == figures(runs.osft)
+    for folder in ("rollouts", "evaluations"):
+        ours, theirs = (sorted((at / folder).iterdir()) for at in (run, runs.osft))
+        assert [path.name for path in ours] == [path.name for path in theirs]
+        for mine, other in zip(ours, theirs, strict=True):
+            assert json_lines(mine) == json_lines(other), mine.name
+    ours, theirs = weights(run / "hf"), weights(runs.osft / "hf")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    mine, other = (json.loads((at / "summary.json").read_text()) for at in (run, runs.osft))
+    assert mine | {"seconds": None} == other | {"seconds": None}
+    nothing = outcome(start_again(runs))
+    assert nothing.code == 86
+    assert f"{NUM_STEPS} of {NUM_STEPS} steps are done, nothing is left to do" in nothing.err
+
+
+def figures(run: Path) -> list[Json]:
+    """Everything that was logged but times."""
+    rows = [*json_lines(run / "metrics.jsonl"), *json_lines(run / "evaluations.jsonl")]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
 def documented(section: str) -> set[str]:
     """Names in the first column of a table of docs/metrics.md, written out."""
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -206,8 +253,9 @@ def test_every_step_logs_the_documented_metrics(runs: Runs) -> None:
     assert [record["step"] for record in runs.metrics] == list(range(1, NUM_STEPS + 1))
     for record in runs.metrics:
         names = set(record) - {"step"}
-        # Step 2 alone scores and saves; the end of the run belongs to no step.
-        idle = {"time/evaluate_s", "time/save_s"} if record["step"] != 2 else set()
+        # Step 2 alone scores; a save is counted with the step after it.
+        idle = {"time/evaluate_s"} if record["step"] != 2 else set()
+        idle |= {"time/save_s"} if record["step"] != 3 else set()
         assert names == expected - idle
         assert all(math.isfinite(value) for value in record.values()), record
         assert record["sync/weight_version"] == record["step"] + 1
@@ -291,15 +339,9 @@ def num_changed(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Te
 
 
 def test_exports_load_in_transformers_and_move(runs: Runs) -> None:
-    start, middle, end = (
-        weights(folder)
-        for folder in (runs.root / "sft/hf", runs.osft / "checkpoints/step_2", runs.osft / "hf")
-    )
-    for before, after in ((start, middle), (middle, end)):
-        assert num_changed(before, after) == len(start)
-    for folder in ("checkpoints/step_2", "hf"):
-        assert all(greedy_answers(runs.osft / folder, runs.answers(0, 0), runs.root / "data"))
-    assert sorted(path.name for path in (runs.osft / "checkpoints").iterdir()) == ["step_2"]
+    start, end = weights(runs.root / "sft/hf"), weights(runs.osft / "hf")
+    assert num_changed(start, end) == len(start)
+    assert all(greedy_answers(runs.osft / "hf", runs.answers(0, 0), runs.root / "data"))
 
 
 def test_transformers_gives_the_greedy_answers_of_the_starting_model(runs: Runs) -> None:
@@ -360,14 +402,8 @@ def fit_bf16(_rank: int, folder: Path, out: Path, stale: bool) -> str:
     check(config, world_size=BF16_LAYOUT.world_size, phase="train", device="cpu", need_files=False)
     actor, engine = build_actor(config, context), start_engine(config, context)
     sync = build_sync(config, actor, engine)
-    (run_folder := RunFolder(out, writer=context.rank == 0)).create()
-    torch.distributed.barrier()
-    loop = OsftLoop(
-        config=config, num_steps=NUM_STEPS, prompts=random_prompts(32, vocab=VOCAB), actor=actor,
-        engine=engine, sync=sync, evaluator=None, decode=str, folder=run_folder,
-        metrics=MetricsLog(run_folder, config.logging, {}), console=Console(enabled=False),
-        clock=Clock(),
-    )  # fmt: skip
+    prompts = random_prompts(32, vocab=VOCAB)
+    loop = bare_loop(config, actor, engine, sync, prompts=prompts, num_steps=NUM_STEPS, out=out)
     if stale:
         stop_pushing(sync, engine)
     sync.push()
@@ -375,7 +411,7 @@ def fit_bf16(_rank: int, folder: Path, out: Path, stale: bool) -> str:
         loop.fit()
     except AgreementError as error:
         return str(error)
-    loop.save("hf")
+    export_hf(actor, out / "hf", max_shard_bytes=2**30, bucket_bytes=2**20)
     return ""
 
 

@@ -10,15 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from osft_mcore.config.check import (
-    CPU_HEAD_DIMS,
-    VOCAB_PADDING,
-    Phase,
-    check,
-    divisors,
-    nearest,
-    tensor_parallel_problems,
-)
+from osft_mcore.config.check import CPU_HEAD_DIMS, Phase, absent_files, check
+from osft_mcore.config.divide import VOCAB_PADDING, divisors, nearest, tensor_parallel_problems
 from osft_mcore.config.load import load_config
 from osft_mcore.config.model_shape import ModelShape, model_shape
 from osft_mcore.config.schema import ParallelConfig, RolloutConfig, RunConfig, TrainConfig
@@ -85,6 +78,8 @@ def problems_of(
         (("parallel.tp=8", "rollout.tp=8"), 8),
         (("parallel.pp=2", "parallel.vpp=3", "rollout.tp=2"), 2),
         (("logging=wandb",), 1),
+        (("checkpoint.resume=never", "checkpoint.stop_after=3h50m"), 1),
+        (("checkpoint.resume=.", "checkpoint.keep_every=5", "checkpoint.keep_last=1"), 1),
         (("train.lr=0", "train.clip_grad=0", "evaluation.temperature=0", "rollout.top_k=0"), 1),
         (("train.prompts_per_update=8", "rollout.num_samples=3", "train.micro_batch_size=6"), 1),
     ],
@@ -147,6 +142,18 @@ def test_what_works_passes(
             "evaluation.baseline_temperatures: found -1, expected 0 or more",
         ),
         ("evaluation.max_problems=0", "evaluation.max_problems: found 0, expected at least 1"),
+        ("train.max_skipped_updates=0", "train.max_skipped_updates: found 0, expected at least 1"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last: found 0, expected at least 1"),
+        ("checkpoint.keep_every=-1", "checkpoint.keep_every: found -1, expected 0 or more"),
+        ("checkpoint.max_failures=0", "checkpoint.max_failures: found 0, expected at least 1"),
+        (
+            "checkpoint.timeout_minutes=0",
+            "checkpoint.timeout_minutes: found 0, expected more than 0",
+        ),
+        ("checkpoint.stop_after=soon", "checkpoint.stop_after: found 'soon', expected hours, min"),
+        ("checkpoint.stop_after=0h0m", "checkpoint.stop_after: found '0h0m', expected more than 0"),
+        ("checkpoint.resume=''", "checkpoint.resume: not set; expected auto, never, or the path"),
+        ("checkpoint.resume=gone", "checkpoint.resume: 'gone' is not a folder; expected auto, nev"),
         ("sync.bucket_mib=0", "sync.bucket_mib: found 0, expected at least 1"),
         ("sync.max_logprob_diff=0", "sync.max_logprob_diff: found 0, expected more than 0"),
     ],
@@ -157,6 +164,12 @@ def test_one_wrong_option_is_one_problem_that_names_it(
     problems = problems_of(options, override)
     assert len(problems) == 1
     assert problem in problems[0]
+
+
+def test_a_dry_run_reports_a_checkpoint_that_is_not_here(options: list[str]) -> None:
+    config = load_config([*options, "checkpoint.resume=gone"])
+    assert [line.split(" is ")[0] for line in absent_files(config)] == ["checkpoint.resume: 'gone'"]
+    check(config, world_size=1, phase="train", device="cpu", need_files=False)
 
 
 def test_problems_of_all_kinds_come_back_together(options: list[str]) -> None:

@@ -248,6 +248,18 @@ def test_a_stopped_worker_is_a_timeout_and_is_replaced() -> None:
         assert grader.grade([(boxed(r"\frac{2}{8}"), r"\frac{1}{4}")]) == [CORRECT]
 
 
+def test_workers_do_not_see_the_signals_that_tell_a_run_to_stop() -> None:
+    with Grader(num_workers=1, timeout_s=GENEROUS_S) as grader:
+        assert grader.grade([(boxed(r"\frac{2}{4}"), r"\frac{1}{2}")]) == [CORRECT]
+        (worker,) = grader.worker_pids
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGUSR1)
+        assert grader.grade([(boxed(r"\frac{2}{6}"), r"\frac{1}{3}")]) == [CORRECT]
+        assert grader.worker_pids == (worker,)
+    assert not _runs(worker)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGUSR1}
+
+
 def test_an_answer_that_crashes_its_worker_twice_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +309,8 @@ from osft_mcore.evaluation.worker_process import Question, WorkerProcess
 worker = WorkerProcess(timeout_s=1.0)
 while worker.listen() != "ready":
     time.sleep(0.05)
-worker.ask(Question(answer="9^{9^{9^9}}", gold="x+17"))
+if sys.argv[1] == "busy":
+    worker.ask(Question(answer="9^{9^{9^9}}", gold="x+17"))
 print(worker.pid, flush=True)
 sys.stdin.read()
 """
@@ -310,18 +323,21 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_a_busy_worker_does_not_outlive_a_killed_parent() -> None:
+@pytest.mark.parametrize("state", ["busy", "idle"])
+def test_a_worker_does_not_outlive_a_killed_parent(state: str) -> None:
     parent = subprocess.Popen(
-        [sys.executable, "-c", ABANDONING_PARENT],
+        [sys.executable, "-c", ABANDONING_PARENT, state],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert parent.stdout is not None
     worker_pid = int(parent.stdout.readline())
+    assert _runs(worker_pid)
     parent.kill()
     parent.communicate()
-    assert _runs(worker_pid)
+    if state == "busy":
+        assert _runs(worker_pid)
     # The test's own time limit is the deadline.
     while _runs(worker_pid):
         time.sleep(0.1)

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from osft_mcore.config.model_shape import ModelShape, read_model_shape
 from osft_mcore.errors import WeightError
+from osft_mcore.files import FileRecord, record_of
 from osft_mcore.weights.fill import random_into
+from osft_mcore.weights.hf_writer import save_hf
 from osft_mcore.weights.layout import Layout
 from osft_mcore.weights.params import hf_layouts, hf_tensors, megatron_layouts, vllm_layouts
-from osft_mcore.weights.safetensors_io import INDEX, SINGLE, load_into, read_hf_index, save_hf
+from osft_mcore.weights.safetensors_io import INDEX, SINGLE, load_into, read_hf_index
 
 
 def empty_params(layouts: dict[str, Layout], dtype: torch.dtype = torch.float32) -> Tensors:
@@ -36,6 +38,17 @@ def megatron_ranks(shape: ModelShape, tp: int, pp: int) -> Iterator[dict[str, La
             vocab_padded=128 * tp,
             transformer_engine=False,
         )
+
+
+def save(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    shape: ModelShape,
+    max_shard_bytes: int = 10**9,
+) -> dict[str, FileRecord]:
+    return save_hf(
+        folder, tensors, shape=shape, dtype=torch.float32, max_shard_bytes=max_shard_bytes
+    )
 
 
 def checkpoint_of(folder: Path) -> Tensors:
@@ -73,7 +86,9 @@ def test_a_saved_folder_is_loaded_by_transformers(tmp_path: Path, max_shard_byte
     checkpoint = checkpoint_of(source)
     shape = read_model_shape(source)
     folder = tmp_path / "saved"
-    save_hf(folder, checkpoint.items(), shape=shape, max_shard_bytes=max_shard_bytes)
+    in_order = ((name, checkpoint[name]) for name in hf_tensors(shape))
+    records = save(folder, in_order, shape, max_shard_bytes)
+    assert records == {path.name: record_of(path) for path in folder.iterdir()}
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     assert_equal(checkpoint_of(folder), checkpoint)
     files = sorted(folder.glob("*.safetensors"))
@@ -102,14 +117,14 @@ def test_a_producer_may_reuse_its_buffer(tmp_path: Path) -> None:
             view = buffer[: tensor.numel()].view(tensor.shape)
             yield name, view.copy_(tensor)
 
-    save_hf(tmp_path, through_one_buffer(), shape=shape, max_shard_bytes=10**9)
+    save(tmp_path, through_one_buffer(), shape)
     assert_equal(load_file(tmp_path / SINGLE), checkpoint)
 
 
 def test_an_interrupted_save_leaves_the_earlier_weights(tmp_path: Path) -> None:
     shape = model("llama")
     checkpoint = random_checkpoint(shape)
-    save_hf(tmp_path, checkpoint.items(), shape=shape, max_shard_bytes=10**9)
+    save(tmp_path, checkpoint.items(), shape)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     names = list(checkpoint)
 
@@ -119,36 +134,43 @@ def test_an_interrupted_save_leaves_the_earlier_weights(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_hf(tmp_path, dies(), shape=shape, max_shard_bytes=1)
+        save(tmp_path, dies(), shape, 1)
     incomplete = ((name, checkpoint[name]) for name in names[:-2])
-    with pytest.raises(WeightError, match=rf"no tensor came for {names[-2]}, {names[-1]}"):
-        save_hf(tmp_path, incomplete, shape=shape, max_shard_bytes=1)
+    with pytest.raises(WeightError, match=rf"no tensor came for {names[-2]}, nor for any after"):
+        save(tmp_path, incomplete, shape, 1)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_later_save_replaces_all_files_of_an_earlier_one(tmp_path: Path) -> None:
     shape = model("llama")
     checkpoint = random_checkpoint(shape)
-    save_hf(tmp_path, checkpoint.items(), shape=shape, max_shard_bytes=1)
-    save_hf(tmp_path, checkpoint.items(), shape=shape, max_shard_bytes=10**9)
+    save(tmp_path, checkpoint.items(), shape, 1)
+    save(tmp_path, checkpoint.items(), shape)
     assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
 
 
+FIRST = "model.embed_tokens.weight"
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "message"),
+    ("changes", "message"),
     [
-        ("model.norm.weight", (23,), r"shape \(23,\), expected \(24,\)"),
-        ("model.other.weight", (24,), "expected no such tensor"),
+        ({FIRST: torch.zeros(23, 24)}, r"of shape \(23, 24\), announced as"),
+        ({FIRST: torch.zeros(101, 24, dtype=torch.float16)}, r"float16 .* announced as"),
+        ({FIRST: None, "other": torch.zeros(1)}, rf"'other' came where '{FIRST}' was due"),
+        ({"more": torch.zeros(1)}, "'more' came, which the model does not have"),
     ],
 )
 def test_a_tensor_that_is_not_of_the_model_is_not_saved(
-    tmp_path: Path, name: str, size: tuple[int, ...], message: str
+    tmp_path: Path, changes: dict[str, Tensor | None], message: str
 ) -> None:
+    shape = model("llama")
+    tensors = {FIRST: torch.zeros(1), **random_checkpoint(shape)} | changes
+    if "other" in changes:
+        tensors = {"other": changes["other"], **tensors}
+    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
     with pytest.raises(WeightError, match=message):
-        save_hf(tmp_path, [(name, torch.zeros(size))], shape=model("llama"), max_shard_bytes=10**9)
-    twice = [("model.norm.weight", torch.zeros(24))] * 2
-    with pytest.raises(WeightError, match="came twice"):
-        save_hf(tmp_path, twice, shape=model("llama"), max_shard_bytes=10**9)
+        save(tmp_path, given, shape)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,7 +228,7 @@ def test_damaged_folders_are_refused_by_file(tmp_path: Path) -> None:
     with pytest.raises(WeightError, match=r"model\.safetensors is not a complete safetensors file"):
         read_hf_index(folder)
     single.unlink()
-    with pytest.raises(WeightError, match=r"neither .* is there; point model\.path"):
+    with pytest.raises(WeightError, match="neither .* is there; expected a Hugging Face folder"):
         read_hf_index(folder)
     index = folder / INDEX
     names = hf_tensors(read_model_shape(folder))
@@ -216,6 +238,15 @@ def test_damaged_folders_are_refused_by_file(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "../x.safetensors")}))
     with pytest.raises(WeightError, match="must name files of the same folder"):
         read_hf_index(folder)
+    elsewhere = save_random_model(tmp_path / "elsewhere", "llama")
+    weight_map = dict.fromkeys(names, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    for file in ("a.safetensors", "b.safetensors", SINGLE):
+        (elsewhere / file).write_bytes(complete)
+    (elsewhere / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(WeightError) as caught:
+        read_hf_index(elsewhere)
+    assert "both model.safetensors and model.safetensors.index.json are there" in str(caught.value)
+    assert "model.norm.weight is in a.safetensors, but" in str(caught.value)
     index.write_text("{")
     with pytest.raises(WeightError, match="not a safetensors index"):
         read_hf_index(folder)

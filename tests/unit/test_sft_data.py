@@ -62,6 +62,11 @@ def test_the_limit_is_on_prompt_and_response_together(load: Load) -> None:
         load(rows, max_tokens=7)
 
 
+def test_an_example_knows_its_row_in_the_file(load: Load) -> None:
+    rows = [{"prompt": "12", "response": answer} for answer in ("3456", "345", "3456", "34")]
+    assert [example.row for example in load(rows, max_tokens=8).examples] == [1, 3]
+
+
 def test_bad_rows_are_reported_together(load: Load) -> None:
     rows = [
         {"prompt": "1", "response": "2"},

@@ -11,6 +11,7 @@ from osft_mcore.train.step_metrics import (
     push_metrics,
     response_metrics,
     rollout_rows,
+    shown,
     update_metrics,
 )
 from osft_mcore.weights.sync import PushReport
@@ -32,7 +33,9 @@ def response(num_tokens: int, *, truncated: bool = False, sample: int = 0) -> Re
     )
 
 
-def update(*, num_tokens: int, nll: float, entropy: float, **others: float) -> UpdateResult:
+def update(
+    *, num_tokens: int, nll: float, entropy: float, not_finite: str = "", **others: float
+) -> UpdateResult:
     diff = others.get("diff")
     agreement = None
     if diff is not None:
@@ -44,6 +47,7 @@ def update(*, num_tokens: int, nll: float, entropy: float, **others: float) -> U
         grad_norm=others.get("grad_norm", 0.0),
         num_tokens=num_tokens,
         agreement=agreement,
+        not_finite=not_finite,
     )
 
 
@@ -74,11 +78,42 @@ def test_token_means_weigh_updates_by_their_tokens() -> None:
             "loss/num_tokens": 40.0,
             "optim/grad_norm": 2.5,
             "optim/num_updates": 2.0,
+            "optim/num_skipped": 0.0,
             # Of the first update: before the second one the actor has moved.
             "sync/logprob_diff_mean": 1e-5,
             "sync/logprob_diff_max": 3e-5,
         }
     )
+
+
+def test_skipped_updates_are_counted_and_nothing_else() -> None:
+    nan = math.nan
+    skipped = update(
+        num_tokens=9, nll=nan, entropy=nan, loss=nan, grad_norm=nan, diff=5.0, not_finite="loss"
+    )
+    taken = [
+        update(num_tokens=10, nll=1.0, entropy=0.5, loss=1.0, grad_norm=2.0, diff=1e-5),
+        update(num_tokens=30, nll=2.0, entropy=0.1, loss=4.0, grad_norm=3.0, diff=9.0),
+    ]
+    assert update_metrics([skipped, taken[0], skipped, taken[1]]) == {
+        **update_metrics(taken), "optim/num_skipped": 2.0
+    }  # fmt: skip
+    nothing = {"optim/num_updates": 0.0, "optim/num_skipped": 2.0}
+    assert update_metrics([skipped, skipped]) == nothing
+
+
+def test_a_figure_that_is_not_finite_is_left_out() -> None:
+    """exp() of a large loss overflows; the update was sound all the same."""
+    found = update_metrics([update(num_tokens=1, nll=800.0, entropy=math.nan, loss=800.0)])
+    assert found["loss/nll"] == 800.0
+    assert not {"loss/perplexity", "loss/entropy"} & found.keys()
+
+
+def test_the_console_shows_the_figures_that_a_step_has() -> None:
+    record = {"loss/nll": 0.5, "optim/lr": 1e-3, "optim/num_updates": 2.0}
+    assert shown(record, "loss/nll", "sync/logprob_diff_max", "optim/lr") == {
+        "nll": 0.5, "lr": 1e-3
+    }  # fmt: skip
 
 
 def test_given_answers_have_no_agreement() -> None:

@@ -17,8 +17,9 @@ from osft_mcore.errors import WeightError
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json, wait_for_all
 from osft_mcore.rollout.vllm_engine import VllmEngine
 from osft_mcore.rollout.vllm_layout import engine_layouts
-from osft_mcore.train.osft import build_engine, build_sync
+from osft_mcore.train.osft import build_sync
 from osft_mcore.train.start import build_actor
+from osft_mcore.train.vllm import build_engine
 from osft_mcore.weights.bound import missing_elements
 from sync_benchmark.cases import Case, run_config
 from sync_benchmark.memory import peak_extra_bytes

@@ -1,0 +1,116 @@
+"""Being told to stop: by a signal, by the end of the job, or by checkpoint.stop_after."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from osft_mcore.config.duration import seconds
+from osft_mcore.parallel.groups import ParallelContext, all_gather_json
+from osft_mcore.parallel.launch import GRACEFUL, SAME_REQUEST_S
+from osft_mcore.parallel.world import PROGRAM_START, job_end
+
+
+class StopSignals:
+    """Listens for SIGTERM and SIGUSR1 while entered. To be entered in the main thread.
+
+    The first only sets `received`; a later one ends the process at once, with 128 + its number,
+    even where the main thread waits in a collective.
+    """
+
+    # Python's own handlers run between two bytecodes of the main thread, so not before a collective
+    # has ended. The bytes that Python's C handler writes at once are read by a thread instead.
+
+    def __init__(self, rank: int) -> None:
+        self.received = ""
+        """Name of the first signal; empty if there was none."""
+        self._rank = rank
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._writer)
+        self._previous = {number: signal.signal(number, _left_to_the_thread) for number in GRACEFUL}
+        self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None: a handler that was not installed from Python, which cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._previous_wakeup)
+        os.write(self._writer, b"\0")
+        self._thread.join()
+        os.close(self._writer)
+        os.close(self._reader)
+
+    def _listen(self) -> None:
+        first = 0.0
+        while number := os.read(self._reader, 1)[0]:
+            if number not in GRACEFUL:
+                continue
+            if not self.received:
+                first = time.monotonic()
+                self.received = signal.Signals(number).name
+                sys.stderr.write(
+                    f"[rank {self._rank}] {self.received}: saving after this step, then stopping; "
+                    "a second signal stops at once\n"
+                )
+            elif time.monotonic() - first > SAME_REQUEST_S:
+                os._exit(128 + number)
+
+
+def _left_to_the_thread(_number: int, _frame: FrameType | None) -> None:
+    """Without a handler Python would write no byte."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadline:
+    """When the run must have stopped; None: no limit. Both in seconds since the epoch."""
+
+    job_end: float | None
+    """SLURM_JOB_END_TIME."""
+    run_end: float | None
+    """Program start + checkpoint.stop_after."""
+
+    def near(self, now: float, *, longest_step_s: float, longest_save_s: float) -> str:
+        """Why to stop now: what is left is less than twice a step and a save. Empty: go on."""
+        needed = 2 * (longest_step_s + longest_save_s)
+        ends = {"SLURM_JOB_END_TIME": self.job_end, "checkpoint.stop_after": self.run_end}
+        for name, end in ends.items():
+            if end is not None and end - now < needed:
+                left = end - now
+                return f"{name} in {left:.0f} s" if left >= 0 else f"{name} {-left:.0f} s ago"
+        return ""
+
+
+def deadline(stop_after: str | None, *, started: float = PROGRAM_START) -> Deadline:
+    """The limits of this process: of its Slurm job, and of an option that `check` has passed."""
+    run_end = None if stop_after is None else started + seconds(stop_after)
+    return Deadline(job_end=job_end(), run_end=run_end)
+
+
+def agreed_stop(reason: str, context: ParallelContext) -> str:
+    """The reason of the first rank that has one, with that rank; empty if none has.
+
+    The same on all ranks. Collective over the world; one number is exchanged if nobody has one.
+    """
+    asked = torch.tensor([int(bool(reason))], device=context.device)
+    dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=context.world_group)
+    if not int(asked):
+        return ""
+    reasons: list[Any] = all_gather_json(reason, context)
+    return next(f"rank {rank}: {text}" for rank, text in enumerate(reasons) if text)

@@ -1,0 +1,99 @@
+"""Between two steps: saving when it is due, stopping when the run is told to."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from osft_mcore.actor.actor import Actor
+from osft_mcore.config.check import Phase
+from osft_mcore.config.load import as_options
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.errors import Stopped
+from osft_mcore.log.metrics import Clock
+from osft_mcore.parallel.stop import StopSignals, agreed_stop, deadline
+from osft_mcore.train.checkpoints import Checkpoints
+from osft_mcore.train.identity import identity
+
+
+class StepEdge:
+    """What every loop does after a step. Every rank calls every method."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        phase: Phase,
+        num_steps: int,
+        *,
+        actor: Actor,
+        checkpoints: Checkpoints,
+        clock: Clock,
+    ) -> None:
+        self._every, self._num_steps = config.checkpoint.every, num_steps
+        self._actor, self._checkpoints, self._clock = actor, checkpoints, clock
+        self._signals = StopSignals(actor.context.rank)
+        self._deadline = deadline(config.checkpoint.stop_after)
+        self._longest_step_s = self._longest_save_s = 0.0
+        self._began = time.monotonic()
+        self._fixed = {
+            "phase": phase,
+            "options": as_options(config),
+            "identity": identity(config),
+        }
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Enter around the loop: signals to stop wait for the end of a step."""
+        with self._signals:
+            yield
+
+    def stop_before(self, num_done: int) -> None:
+        """Raise Stopped, on every rank, if the run was told to before its first step. Collective.
+
+        Nothing is saved: nothing has changed since `num_done` steps were.
+        """
+        if reason := agreed_stop(self._signals.received, self._actor.context):
+            raise Stopped(f"{reason}; stopped with {num_done} of {self._num_steps} steps done")
+        self._began = time.monotonic()
+
+    def passed(self, step: int, **state: Any) -> None:
+        """Step `step` is done and logged; `state` is what only its loop knows. Collective.
+
+        Raises Stopped, on every rank, once the run was told to stop and has saved; CheckpointError
+        if saving failed too often.
+        """
+        saving = time.monotonic()
+        self._longest_step_s = max(self._longest_step_s, saving - self._began)
+        reason = agreed_stop(self._signals.received or self._lacks_time(), self._actor.context)
+        due = self._every > 0 and (step % self._every == 0 or step == self._num_steps)
+        if reason:
+            self._checkpoints.save_now(step, self._state(state))
+            raise Stopped(
+                f"{reason}; stopped after step {step} of {self._num_steps} and saved it; the same "
+                "command goes on from there"
+            )
+        if due:
+            with self._clock("save"):
+                self._checkpoints.save(step, self._state(state))
+        self._began = time.monotonic()
+        self._longest_save_s = max(self._longest_save_s, self._began - saving)
+
+    def finish(self) -> None:
+        """Wait until the last save is done. Collective."""
+        with self._clock("save"):
+            self._checkpoints.settle()
+
+    def _lacks_time(self) -> str:
+        return self._deadline.near(
+            time.time(),
+            longest_step_s=self._longest_step_s,
+            longest_save_s=self._longest_save_s,
+        )
+
+    def _state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **self._fixed,
+            **state,
+            "num_updates": self._actor.num_updates,
+            "seconds": dict(self._clock.totals),
+        }

@@ -1,0 +1,104 @@
+"""What a resumed run must share with the run that it continues, and what may have changed."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from osft_mcore.config.check import Phase
+from osft_mcore.config.load import as_options
+from osft_mcore.config.model_shape import read_model_shape
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.data.parquet import data_sha256
+from osft_mcore.data.tokenizer import tokenizer_files
+
+FIXED: Final = (
+    "seed",
+    "model.dtype",
+    "rollout.max_prompt_tokens",
+    "train.prompts_per_step",
+    "data.prompt_key",
+    "data.response_key",
+    "data.shuffle",
+    "data.system_prompt",
+    "data.prompt_suffix",
+)
+"""Options that decide which examples a step sees, or what the saved tensors are."""
+FIXED_FOR_SFT: Final = ("rollout.max_response_tokens",)
+"""There it decides which examples are dropped."""
+NOT_COMPARED: Final = ("output_dir", "checkpoint.resume")
+SHOWN_CHARACTERS: Final = 60
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Fingerprints of the files that a run learns from: JSON-able, the same on every rank."""
+    template = config.data.chat_template
+    return {
+        "model": asdict(read_model_shape(config.model.path)),
+        "tokenizer": {
+            path.name: _sha256(path) for path in tokenizer_files(Path(config.model.path))
+        },
+        "data.chat_template": None if template is None else _sha256(Path(template)),
+        "data.train": data_sha256(config.data.train),
+    }
+
+
+def conflicts(
+    saved: Mapping[str, Any], saved_identity: Mapping[str, Any], config: RunConfig, phase: Phase
+) -> list[str]:
+    """Why a run with `config` cannot go on from one with the options `saved`, one line each."""
+    before, now = dict(_leaves(saved)), dict(_leaves(as_options(config)))
+    fixed = (*FIXED, *(FIXED_FOR_SFT if phase == "sft" else ()))
+    lines = [
+        f"{name}: found {_short(now[name])}, the checkpoint was made with {_short(before[name])}"
+        for name in fixed
+        if name in before and before[name] != now[name]
+    ]
+    options = {"model": "model.path", "tokenizer": "model.path"}
+    here = dict(_leaves(_plain(identity(config))))
+    there = dict(_leaves(saved_identity))
+    for name in sorted({*here, *there}):
+        if here.get(name) != there.get(name):
+            section = name.split(".")[0]
+            lines.append(
+                f"{options.get(section, name)}: {name} is {_short(here.get(name))}, the checkpoint "
+                f"was made with {_short(there.get(name))}"
+            )
+    return lines
+
+
+def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Options that differ from the saved ones and may: `name: before -> now`, one line each."""
+    before, now = dict(_leaves(saved)), dict(_leaves(as_options(config)))
+    return [
+        f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}"
+        for name in (*now, *(name for name in before if name not in now))
+        if before.get(name) != now.get(name) and name not in NOT_COMPARED
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: no tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,141 @@
+"""Where a run goes on from: the newest whole checkpoint, if what it was made with still holds."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from osft_mcore.checkpoint.folder import STATE, checkpoints_in, newest_whole
+from osft_mcore.checkpoint.manifest import problems_of
+from osft_mcore.config.check import Phase
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.errors import CheckpointError, ConfigError, NothingLeft
+from osft_mcore.train.identity import changes, conflicts
+
+CHECKPOINTS: Final = "checkpoints"
+SUMMARY: Final = "summary.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePoint:
+    """A checkpoint that was looked at and found good."""
+
+    folder: Path
+    state: Mapping[str, Any]
+    skipped: tuple[str, ...]
+    """What is wrong with newer ones."""
+    changed: tuple[str, ...]
+    """Options that are not what they were: `name: before -> now`."""
+
+    @property
+    def step(self) -> int:
+        """The last step that it has seen."""
+        return int(self.state["step"])
+
+    @property
+    def num_updates(self) -> int:
+        """Of the optimizer."""
+        return int(self.state["num_updates"])
+
+    @property
+    def num_pushes(self) -> int:
+        """Before the one that hands its weights to the rollout engine."""
+        return int(self.state["weight_version"]) - 1
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent in each phase so far."""
+        return dict(self.state["seconds"])
+
+
+ProblemsOf = Callable[[Path], list[str]]
+"""What is wrong with a checkpoint's files: told by one process, or by all ranks together."""
+
+
+def problems_by_size(folder: Path) -> list[str]:
+    """Without reading the files: for the launcher, which looks before any rank is started."""
+    return problems_of(folder, hashes=False)
+
+
+def resume_point(config: RunConfig, phase: Phase, problems_of: ProblemsOf) -> ResumePoint | None:
+    """The checkpoint that checkpoint.resume means; None: a run begins.
+
+    Raises ConfigError if the options do not fit the checkpoint or the folder is in use,
+    CheckpointError if there are checkpoints and none is whole.
+    """
+    resume, output_dir = config.checkpoint.resume, Path(config.output_dir)
+    if resume == "never":
+        return None
+    folders = checkpoints_in(output_dir / CHECKPOINTS) if resume == "auto" else _named(Path(resume))
+    if not folders:
+        return None
+    newest = newest_whole(folders, problems_of)
+    if newest.folder is None:
+        nothing = f"no whole checkpoint is left in {folders[0].parent}"
+        raise CheckpointError(
+            "\n".join([*newest.skipped, f"{nothing}; to begin anew choose another output_dir"])
+        )
+    state = _read_state(newest.folder)
+    problems = conflicts(state["options"], state["identity"], config, phase)
+    if state["phase"] != phase:
+        problems.insert(0, f"{newest.folder} is of an `osft {state['phase']}` run")
+    if problems:
+        raise ConfigError(
+            [*problems, f"cannot go on from {newest.folder}: restore these, or choose another "
+             "output_dir to begin anew"]
+        )  # fmt: skip
+    return ResumePoint(
+        folder=newest.folder,
+        state=state,
+        skipped=newest.skipped,
+        changed=tuple(changes(state["options"], config)),
+    )
+
+
+def check_work_left(config: RunConfig, num_steps: int) -> None:
+    """Raise NothingLeft if output_dir holds a run that has done `num_steps` steps.
+
+    Raises ConfigError if it has ended after fewer and left no checkpoint to go on from.
+    """
+    if config.checkpoint.resume == "never":
+        return
+    summary = Path(config.output_dir) / SUMMARY
+    if not summary.is_file():
+        return
+    done = int(json.loads(summary.read_text(encoding="utf-8"))["steps"])
+    if done >= num_steps:
+        raise NothingLeft(
+            f"{done} of {num_steps} steps are done, nothing is left to do; the results are in "
+            f"{summary}. To go on raise train.steps (or train.epochs), to begin anew choose "
+            "another output_dir"
+        )
+    if config.checkpoint.resume == "auto" and not checkpoints_in(summary.parent / CHECKPOINTS):
+        raise ConfigError(
+            f"output_dir: the run in {config.output_dir!r} ended after {done} steps and kept no "
+            "checkpoint to go on from (checkpoint.every); choose another output_dir"
+        )
+
+
+def _named(path: Path) -> list[Path]:
+    """The checkpoint, or those of the run, that checkpoint.resume names."""
+    if (path / STATE).is_file():
+        return [path]
+    folders = checkpoints_in(path / CHECKPOINTS) or checkpoints_in(path)
+    if not folders:
+        raise ConfigError(
+            f"checkpoint.resume: {str(path)!r} is neither a training checkpoint (no {STATE} in it) "
+            "nor a run with checkpoints; expected auto, never, or the path of one"
+        )
+    return folders
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / STATE
+    if not path.is_file():
+        raise ConfigError(
+            f"checkpoint.resume: {str(folder)!r} holds weights only (no {STATE}); to start from "
+            "them convert it to a Hugging Face folder and name that as model.path"
+        )
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return state

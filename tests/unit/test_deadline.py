@@ -1,0 +1,72 @@
+"""Limits of time: which there are, and when a run must stop to keep them."""
+
+import pytest
+
+from osft_mcore.errors import ConfigError
+from osft_mcore.parallel.stop import Deadline, deadline
+from osft_mcore.parallel.world import check_launch_environment, job_end, job_id
+
+NOW = 1_000_000.0
+
+
+def near(limits: Deadline, *, step_s: float = 10.0, save_s: float = 5.0) -> str:
+    return limits.near(NOW, longest_step_s=step_s, longest_save_s=save_s)
+
+
+@pytest.mark.parametrize(
+    ("left", "step_s", "save_s", "stops"),
+    [
+        (30, 10, 5, False),
+        (29.9, 10, 5, True),
+        (29.9, 10, 0, False),
+        (29.9, 14.9, 0, False),
+        (19.9, 10, 0, True),
+        (9.9, 0, 5, True),
+        (0, 0, 0, False),
+        (-1, 0, 0, True),
+    ],
+)
+def test_another_step_and_a_save_must_fit_in_twice(
+    left: float, step_s: float, save_s: float, stops: bool
+) -> None:
+    job, run = (
+        Deadline(job_end=NOW + left, run_end=None),
+        Deadline(job_end=None, run_end=NOW + left),
+    )
+    for limits in (job, run):
+        assert bool(near(limits, step_s=step_s, save_s=save_s)) == stops
+
+
+def test_the_reason_names_the_limit_and_what_is_left() -> None:
+    soon, later = NOW + 13, NOW + 4000
+    assert near(Deadline(job_end=soon, run_end=later)) == "SLURM_JOB_END_TIME in 13 s"
+    assert near(Deadline(job_end=later, run_end=soon)) == "checkpoint.stop_after in 13 s"
+    assert near(Deadline(job_end=NOW - 7, run_end=None)) == "SLURM_JOB_END_TIME 7 s ago"
+    assert near(Deadline(job_end=later, run_end=None)) == ""
+    assert near(Deadline(job_end=None, run_end=None), step_s=1e9) == ""
+
+
+def test_where_the_limits_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert deadline(None) == Deadline(job_end=None, run_end=None)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1790000000")
+    limits = deadline("1h30m", started=NOW)
+    assert limits == Deadline(job_end=1_790_000_000.0, run_end=NOW + 5400)
+
+
+def test_what_slurm_announces() -> None:
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_END_TIME": "1790000000"}
+    assert (job_id(job), job_end(job)) == ("4711", 1_790_000_000.0)
+    assert (job_id({}), job_end({})) == (None, None)
+    empty = dict.fromkeys(job, "")
+    assert (job_id(empty), job_end(empty)) == (None, None)
+
+
+@pytest.mark.parametrize("text", ["soon", "2026-01-31T08:00:00", "nan", "inf"])
+def test_an_end_that_is_no_time_is_refused_before_a_rank_starts(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", text)
+    for ask in (job_end, check_launch_environment):
+        with pytest.raises(ConfigError, match=rf"SLURM_JOB_END_TIME: found '{text}'"):
+            ask()

@@ -1,0 +1,130 @@
+"""README.md of an exported model: all that the run folder knows, and no more."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from osft_mcore.checkpoint.model_card import hub_id, model_card, read_provenance
+
+BASE = "/models/models--Qwen--Qwen2.5-Math-7B/snapshots/0123"
+CONFIG = f"""\
+seed: 3
+model:
+  path: {BASE}
+  dtype: bf16
+rollout:
+  tau_sample: 0.6
+algorithm:
+  tau_train: 1.0
+train:
+  lr: 1.0e-07
+"""
+EVALUATIONS = (
+    {"step": 0, "eval/temperature": 1.0, "eval/math/pass@1": 0.25, "eval/math/pass@2": 0.5},
+    {"step": 0, "eval/temperature": 0.3, "eval/math/pass@1": 0.375},
+    {"step": 4, "eval/temperature": 1.0, "eval/math/pass@1": 0.625, "eval/math/pass@2": 0.75},
+    {"step": 8, "eval/temperature": 1.0, "eval/math/pass@1": 0.875, "eval/math/pass@2": 1.0},
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    manifest = {
+        "command": ["cli.py", "train", "x=1"],
+        "git_commit": "0a1b2c3d4e5f",
+        "data_sha256": {"train|a.parquet": "feed"},
+        "packages": {"torch": "2.13.0"},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    summary = {"steps": 8, "gain": 0.625, "gain_ci95": [0.5, 0.75]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    write_lines(tmp_path / "evaluations.jsonl", EVALUATIONS)
+    write_lines(tmp_path / "metrics.jsonl", [{"step": s, "loss/nll": s / 10} for s in (1, 4, 8)])
+    return tmp_path
+
+
+def write_lines(path: Path, rows: Any) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def table(card: str, heading: str) -> dict[str, list[str]]:
+    """The rows under a heading by their first cells."""
+    section = card.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line.strip("| ") for line in section.splitlines() if line.startswith("|")]
+    cells = [line.replace("\\|", "!").split(" | ") for line in lines]
+    return {" ".join(row[:2] if heading == "Evaluation" else row[:1]): row[1:] for row in cells}
+
+
+def test_the_card_tells_where_the_model_comes_from(run: Path) -> None:
+    card = model_card(read_provenance(run, step=8), name="my-model")
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "Qwen/Qwen2.5-Math-7B",
+        "tags": ["osft-mcore", "online-sft", "megatron-core"],
+    }
+    assert "# my-model\n" in text
+    assert "its own answers" in text.replace("\n", " ")
+    rows = table(text, "Provenance")
+    assert rows["base model"] == [f"`{BASE}`"]
+    assert rows["step"] == ["8 of 8"]
+    sha256 = hashlib.sha256(CONFIG.encode()).hexdigest()
+    assert rows["SHA-256 of config.yaml"] == [f"`{sha256}`"]
+    assert rows["SHA-256 of `train!a.parquet`"] == ["`feed`"]
+    assert rows["source commit"] == ["`0a1b2c3d4e5f`"]
+    assert rows["sampling temperature"] == ["0.6"]
+    assert rows["prompts per update"] == ["not recorded"]
+    assert rows["negative log-likelihood of the last batch"] == ["0.8"]
+    assert rows["packages"] == ["torch 2.13.0"]
+
+
+def test_scores_are_those_of_the_step_and_of_the_start(run: Path) -> None:
+    scores = table(model_card(read_provenance(run, step=8), name="x"), "Evaluation")
+    assert scores["step temperature"] == ["temperature", "math/pass@1", "math/pass@2"]
+    assert scores["0 (base model) 1"] == ["1", "25.0%", "50.0%"]
+    assert scores["0 (base model) 0.3"] == ["0.3", "37.5%", "not evaluated"]
+    assert scores["8 1"] == ["1", "87.5%", "100.0%"]
+    assert not any(row.startswith("4") for row in scores)
+    last, middle = (model_card(read_provenance(run, step=s), name="x") for s in (8, 4))
+    assert "+62.5 points, 95% interval +50.0 to +75.0" in last
+    assert "points" not in middle, "the interval is of the last step"
+    assert "62.5%" in middle
+    assert "| step | 4 of 8 |" in middle
+    other = model_card(read_provenance(run, step=5), name="x")
+    assert "The model after step 5 was not evaluated." in other
+    assert "62.5%" not in other
+
+
+def test_what_is_absent_or_damaged_is_said_to_be(run: Path) -> None:
+    (run / "config.yaml").write_text("{[")
+    (run / "manifest.json").write_text('{"git')
+    (run / "summary.json").unlink()
+    (run / "evaluations.jsonl").write_text(json.dumps(EVALUATIONS[2]) + '\n{"step": 4, "ev')
+    card = model_card(read_provenance(run, step=4), name="x")
+    assert "base_model" not in card
+    rows = table(card, "Provenance")
+    assert rows["base model"] == rows["SHA-256 of the data"] == rows["seed"] == ["not recorded"]
+    assert rows["step"] == ["4"]
+    assert "62.5%" in card
+    nothing = model_card(read_provenance(None, step=4), name="x")
+    assert "The model after step 4 was not evaluated." in nothing
+    assert "%" not in nothing
+
+
+def test_supervised_runs_are_told_apart(run: Path) -> None:
+    (run / "manifest.json").write_text(json.dumps({"command": ["cli.py", "sft", "x=1"]}))
+    card = model_card(read_provenance(run, step=8), name="x")
+    assert "supervised fine-tuning on given answers" in card
+    assert "its own answers" not in card
+
+
+def test_only_a_hub_cache_names_a_model_of_the_hub() -> None:
+    assert hub_id(BASE) == "Qwen/Qwen2.5-Math-7B"
+    assert hub_id("/models/Qwen/Qwen2.5-Math-7B") == ""
+    assert hub_id("runs/sft/hf") == ""

@@ -1,0 +1,170 @@
+"""Times a training loop without saving, with a save that it waits for, and with one it does not."""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from osft_mcore.actor.actor import Actor
+from osft_mcore.config.model_shape import read_model_shape
+from osft_mcore.config.schema import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from osft_mcore.log.console import Console
+from osft_mcore.parallel.groups import alone
+from osft_mcore.records import Example
+from osft_mcore.train.checkpoints import Checkpoints
+
+Way = Literal["none", "sync", "async"]
+WAYS: Final[tuple[Way, ...]] = ("none", "sync", "async")
+SEQUENCES: Final = 4
+TOKENS: Final = 64
+"""Of a sequence."""
+VOCAB: Final = 24000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Medians over rounds, in seconds."""
+
+    params: int
+    checkpoint_bytes: int
+    dtype: str
+    steps: int
+    step_s: float
+    """One optimizer update, without any saving."""
+    sync_s: float
+    """What the loop loses to a save that it waits for."""
+    async_s: float
+    """What it loses to one in the background: waiting, and the cores and memory that this takes."""
+    async_call_s: float
+    """The part of it that passes inside the call."""
+
+    @property
+    def ratio(self) -> float:
+        """async_s / sync_s."""
+        return self.async_s / self.sync_s
+
+
+def measure(*, layers: int, dtype: Literal["bf16", "fp32"], steps: int, rounds: int) -> Row:
+    """Run `rounds` loops of `steps` updates each way, in turns, on one rank of this machine."""
+    with tempfile.TemporaryDirectory() as folder, alone() as context:
+        model = _write_model(Path(folder) / "model", layers)
+        actor = Actor(
+            read_model_shape(model),
+            context,
+            model=ModelConfig(path=str(model), init="random", dtype=dtype),
+            parallel=ParallelConfig(),
+            train=TrainConfig(micro_batch_size=SEQUENCES),
+            algorithm=AlgorithmConfig(),
+            max_response_tokens=TOKENS,
+            seed=1,
+        )
+        savers = {
+            way: _checkpoints(Path(folder) / way, actor, background=way == "async")
+            for way in ("sync", "async")
+        }
+        # The first updates make Adam's state, the first save the host copy.
+        _loop(actor, savers["async"], steps)
+        loops: dict[Way, list[float]] = {way: [] for way in WAYS}
+        calls = []
+        for _ in range(rounds):
+            for way in WAYS:
+                seconds, call = _loop(actor, savers.get(way), steps)
+                loops[way].append(seconds)
+                if way == "async":
+                    calls.append(call)
+        state = actor.training_state()
+        return _row(
+            loops,
+            calls,
+            steps=steps,
+            dtype=dtype,
+            params=sum(held.tensor.numel() for held in state if held.kind == "weight"),
+            num_bytes=sum(held.tensor.numel() * held.tensor.element_size() for held in state),
+        )
+
+
+def _row(
+    loops: dict[Way, list[float]],
+    calls: list[float],
+    *,
+    steps: int,
+    dtype: str,
+    params: int,
+    num_bytes: int,
+) -> Row:
+    lost = {
+        way: statistics.median(
+            seconds - without for seconds, without in zip(loops[way], loops["none"], strict=True)
+        )
+        for way in WAYS
+    }
+    return Row(
+        params=params,
+        checkpoint_bytes=num_bytes,
+        dtype=dtype,
+        steps=steps,
+        step_s=statistics.median(loops["none"]) / steps,
+        sync_s=lost["sync"],
+        async_s=lost["async"],
+        async_call_s=statistics.median(calls),
+    )
+
+
+def _loop(actor: Actor, checkpoints: Checkpoints | None, steps: int) -> tuple[float, float]:
+    """Seconds of `steps` updates with a save after the first, and of the call that saves."""
+    call = 0.0
+    started = time.monotonic()
+    for step in range(steps):
+        actor.update(_batch(step), tau_sample=1.0, lr=1e-6)
+        if step == 0 and checkpoints is not None:
+            before = time.monotonic()
+            checkpoints.save(1, {})
+            call = time.monotonic() - before
+    elapsed = time.monotonic() - started
+    if checkpoints is not None:
+        checkpoints.settle()
+    return elapsed, call
+
+
+def _checkpoints(root: Path, actor: Actor, *, background: bool) -> Checkpoints:
+    config = CheckpointConfig(async_=background, keep_last=1)
+    return Checkpoints(root, config, actor, {}, Console(enabled=False))
+
+
+def _batch(step: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.randint(0, VOCAB, (SEQUENCES, TOKENS), generator=generator).tolist()
+    half = TOKENS // 2
+    return [
+        Example(prompt_token_ids=tuple(row[:half]), response_token_ids=tuple(row[half:]))
+        for row in rows
+    ]
+
+
+def _write_model(folder: Path, layers: int) -> Path:
+    """The config of a random Qwen3-like model; 12 layers are 200M parameters."""
+    folder.mkdir()
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": VOCAB,
+        "hidden_size": 1024,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 2 * TOKENS,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
