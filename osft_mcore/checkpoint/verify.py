@@ -1,0 +1,217 @@
+"""Is a checkpoint what it should be? Every question is asked, whatever the answers before it."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from osft_mcore.checkpoint.dtypes import stored_dtypes
+from osft_mcore.checkpoint.formats import MODEL, check_manifest, check_rows, format_of, open_source
+from osft_mcore.checkpoint.index import KINDS, Index, Kind, Piece
+from osft_mcore.checkpoint.manifest import MANIFEST, read_manifest
+from osft_mcore.checkpoint.save import readable
+from osft_mcore.checkpoint.source import CheckpointSource, read_index, shape_of
+from osft_mcore.errors import ConfigError, OsftError, WeightError
+from osft_mcore.weights.fill import filled
+from osft_mcore.weights.layout import Interval, Layout
+from osft_mcore.weights.params import hf_layouts, hf_tensors
+from osft_mcore.weights.plan import Copy
+from osft_mcore.weights.safetensors_io import HfSource, check_tied_head
+from osft_mcore.weights.safetensors_read import FLOATS, StoredTensor, read_header
+from osft_mcore.weights.safetensors_stream import bytes_of
+from osft_mcore.weights.side_files import CONFIG
+from osft_mcore.weights.source import WeightSource
+
+NUM_SHOWN = 8
+"""Problems of one kind that are printed; the rest is counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One question and its answer."""
+
+    name: str
+    found: str
+    """What is good about it, if there are no `problems`."""
+    problems: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """As printed."""
+        if not self.problems:
+            return [f"ok {self.name}: {self.found}"]
+        lines = [f"FAILED {self.name}: {problem}" for problem in self.problems[:NUM_SHOWN]]
+        more = len(self.problems) - NUM_SHOWN
+        return [*lines, f"FAILED {self.name}: and {more} more"] if more > 0 else lines
+
+
+def verify(folder: Path, *, hf_config: Path | None, hf: Path | None) -> Iterator[Check]:
+    """Ask all that can be asked of a checkpoint or a Hugging Face folder without computing with it.
+
+    `hf_config`: folder with config.json, where the checkpoint has no model/. `hf`: compare every
+    tensor with this folder's, bit by bit. Raises ConfigError if `folder` holds no checkpoint.
+    """
+    found = format_of(folder)
+    if hf_config is None and not (folder / MODEL / CONFIG).is_file():
+        hf_config = hf
+    if found == "safetensors" or (folder / MANIFEST).is_file():
+        yield answer("manifest", partial(_manifest, folder))
+    if found == "safetensors":
+        yield answer("files", lambda: _files(folder, read_index(folder)))
+    yield answer("weights", partial(_weights, folder, hf_config))
+    if found == "safetensors":
+        yield answer("copies", partial(_copies, folder, "weight"))
+        for kind in KINDS[1:]:
+            yield from _optimizer(folder, kind, hf_config)
+    if hf is not None:
+        yield answer(f"equal to {hf}", partial(_equal, folder, hf_config, hf))
+
+
+def answer(name: str, ask: Callable[[], str]) -> Check:
+    """Ask: what `ask` returns is good, an error that it raises is not."""
+    try:
+        return Check(name=name, found=ask())
+    except OsftError as error:
+        lines = error.problems if isinstance(error, ConfigError) else str(error).splitlines()
+        return Check(name=name, found="", problems=tuple(lines))
+
+
+def _manifest(folder: Path) -> str:
+    check_manifest(folder, hashes=True)
+    records = read_manifest(folder)
+    total = readable(sum(record.size for record in records.values()))
+    return f"{len(records)} files, {total}, every SHA-256 as it was written"
+
+
+def _files(folder: Path, index: Index) -> str:
+    """Hold the headers of the tensor files against the index."""
+    pieces: dict[str, dict[str, Piece]] = defaultdict(dict)
+    for piece in index.pieces:
+        pieces[piece.file][piece.tensor] = piece
+    problems = []
+    for name in sorted({*pieces, *(path.name for path in folder.glob("*.safetensors"))}):
+        present = read_header(folder / name)
+        problems += [
+            f"{name} holds {tensor!r}, of which the index knows nothing"
+            for tensor in present
+            if tensor not in pieces[name]
+        ]
+        problems += [
+            f"{name}: {problem}"
+            for tensor, piece in pieces[name].items()
+            if (problem := _misfit(present.get(tensor), piece, index))
+        ]
+    if problems:
+        raise WeightError("\n".join(problems))
+    return f"{len(pieces)} files hold the {len(index.pieces)} tensors that the index names"
+
+
+def _misfit(stored: StoredTensor | None, piece: Piece, index: Index) -> str:
+    if stored is None:
+        return f"no {piece.tensor!r} is there, which the index names"
+    expected = shape_of(piece, index.layouts[piece.shard])
+    if stored.shape != expected:
+        return f"{piece.tensor!r} has shape {stored.shape}, the index says {expected}"
+    if stored.dtype not in FLOATS:
+        return f"{piece.tensor!r} is {stored.dtype}, expected one of {', '.join(FLOATS)}"
+    return ""
+
+
+def _weights(folder: Path, hf_config: Path | None) -> str:
+    source, shape, model = open_source(folder, hf_config=hf_config)
+    check_rows(source, shape, str(folder))
+    if format_of(folder) == "hf":
+        check_tied_head(model)
+    return (
+        f"every row of the {len(hf_tensors(shape))} tensors of a {shape.model_type} model with "
+        f"{shape.num_parameters / 1e6:.2f}M parameters, in {len(source.layouts)} shards"
+    )
+
+
+def _optimizer(folder: Path, kind: Kind, hf_config: Path | None) -> Iterator[Check]:
+    """What a training checkpoint holds beside the weights."""
+    try:
+        index = read_index(folder)
+    except OsftError:
+        return  # Said before.
+    if any(piece.kind == kind for piece in index.pieces):
+        yield answer(kind, partial(_rows_of_kind, folder, index, kind, hf_config))
+        yield answer(f"copies of {kind}", partial(_copies, folder, kind))
+
+
+def _rows_of_kind(folder: Path, index: Index, kind: Kind, hf_config: Path | None) -> str:
+    _, shape, _ = open_source(folder, hf_config=hf_config)
+    check_rows(CheckpointSource(folder, index, kind), shape, str(folder))
+    return "every row of every tensor"
+
+
+def _copies(folder: Path, kind: Kind) -> str:
+    """Rows that several shards hold must be the same in all of them."""
+    source = CheckpointSource(folder, read_index(folder), kind)
+    holders: dict[Interval, list[Copy]] = defaultdict(list)
+    for shard, layouts in source.layouts.items():
+        for param, layout in layouts.items():
+            for start, interval in layout.located():
+                if interval.tensor is not None and interval.length:
+                    holders[interval].append(_copy(shard, param, layout, start, interval.length))
+    several = {interval: copies for interval, copies in holders.items() if len(copies) > 1}
+    problems = [
+        f"rows {interval.start}:{interval.stop} of {interval.tensor} differ between shards "
+        f"{', '.join(str(copy.src_rank) for copy in copies)}"
+        for interval, copies in several.items()
+        if len({_digest(source, copy) for copy in copies}) > 1
+    ]
+    if problems:
+        raise WeightError("\n".join(problems))
+    return f"{len(several)} runs of rows that several shards hold are the same in all of them"
+
+
+def _copy(shard: int, param: str, layout: Layout, start: int, length: int) -> Copy:
+    return Copy(
+        src_rank=shard,
+        src_param=param,
+        src_start=start,
+        dst_rank=0,
+        dst_param="",
+        dst_start=0,
+        length=length,
+        dim=layout.dim,
+        row_elements=layout.row_elements,
+    )
+
+
+def _digest(source: WeightSource, copy: Copy) -> bytes:
+    return hashlib.sha256(bytes_of(source.rows(copy))).digest()
+
+
+def _equal(folder: Path, hf_config: Path | None, hf: Path) -> str:
+    """Compare all tensors with those of a Hugging Face folder."""
+    source, shape, _ = open_source(folder, hf_config=hf_config)
+    other = HfSource(hf)
+    if other.shape != shape:
+        raise WeightError(f"its config.json says {other.shape}, this one {shape}")
+    layouts = hf_layouts(shape)
+    dtypes = {name: other.dtype(0, name) for name in layouts}
+    stored = stored_dtypes(source)
+    problems = [
+        f"{name} is {stored[name]}, there {dtypes[name]}"
+        for name in layouts
+        if stored[name] != dtypes[name]
+    ]
+    ours = filled(layouts, source.layouts, source.rows, dtype=stored.__getitem__)
+    theirs = filled(layouts, other.layouts, other.rows, dtype=dtypes.__getitem__)
+    for (name, mine), (_, expected) in zip(ours, theirs, strict=True):
+        if mine.dtype == expected.dtype and not _same_bits(mine, expected):
+            largest = (mine.double() - expected.double()).abs().max()
+            problems.append(f"{name} differs, by {largest:.3g} at most")
+    if problems:
+        raise WeightError("\n".join(problems))
+    return f"all {len(layouts)} tensors, bit by bit"
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
