@@ -34,9 +34,14 @@ LINES: Final = 10
 """Progress lines of one conversion where there is no terminal."""
 
 
-def layout_problems(shape: ModelShape, topology: Topology) -> list[str]:
+def layout_problems(shape: ModelShape, topology: Topology, vocab_multiple: int) -> list[str]:
     """Why the model cannot be laid out so, in words of the tools' options."""
-    sizes = {"--tp": topology.tp, "--pp": topology.pp, "--vpp": topology.vpp}
+    sizes = {
+        "--tp": topology.tp,
+        "--pp": topology.pp,
+        "--vpp": topology.vpp,
+        "--vocab-multiple": vocab_multiple,
+    }
     small = [
         f"{name}: found {size}, expected 1 or more" for name, size in sizes.items() if size < 1
     ]

@@ -64,7 +64,7 @@ def hf_to_mcore(
     if target == "torch_dist" and topology.vpp > 1:
         problems.append("--vpp: a torch_dist checkpoint has no model chunks; leave it out")
     try:
-        problems += layout_problems(read_model_shape(hf), topology)
+        problems += layout_problems(read_model_shape(hf), topology, vocab_multiple)
         source = HfSource(hf)
         check_tied_head(hf)
         stored = stored_dtypes(source)
@@ -116,6 +116,8 @@ def mcore_to_hf(
     `hashes`: hold every file against the manifest first. Errors as in `hf_to_mcore`.
     """
     problems = target_problems(out)
+    if max_shard_bytes < 1:
+        problems.append("--max-shard-gib: expected more than 0")
     try:
         found = open_checkpoint(mcore, hf_config=hf_config, hashes=hashes)
         targets = {0: hf_layouts(found.shape)}

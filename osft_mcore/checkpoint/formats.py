@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from osft_mcore.checkpoint.folder import checkpoints_in
+from osft_mcore.checkpoint.folder import STATE, checkpoints_in
 from osft_mcore.checkpoint.index import INDEX
 from osft_mcore.checkpoint.manifest import MANIFEST, problems_of
 from osft_mcore.checkpoint.source import CheckpointSource, read_index
@@ -23,8 +23,6 @@ from osft_mcore.weights.source import WeightSource
 Format = Literal["safetensors", "torch_dist", "hf"]
 MODEL: Final = "model"
 """The subfolder with the side files of the Hugging Face model."""
-STATE: Final = "state.json"
-"""What a training checkpoint has beside tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from osft_mcore.errors import WeightError
-from osft_mcore.files import FileRecord, flush, json_bytes, record_of, write_file
+from osft_mcore.files import (
+    FileRecord,
+    flush,
+    json_bytes,
+    record_of,
+    replace_file,
+    write_file,
+)
 
 MANIFEST: Final = "manifest.json"
+SMALL: Final = 1 << 20
+"""Bytes: files up to here, those that decide how the others are read, are always hashed."""
 
 
 def write_manifest(
@@ -29,6 +38,20 @@ def manifest_content(files: Mapping[str, FileRecord], details: Mapping[str, Any]
             name: {"size": record.size, "sha256": record.sha256}
             for name, record in sorted(files.items())
         },
+    }
+
+
+def replace_member(folder: Path, name: str, content: bytes) -> None:
+    """Give a file of a complete folder new content, and the manifest what is known of it now."""
+    files = {**read_manifest(folder), name: replace_file(folder / name, content)}
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    replace_file(folder / MANIFEST, json_bytes({**manifest, "files": _entries(files)}))
+
+
+def _entries(files: Mapping[str, FileRecord]) -> dict[str, Any]:
+    return {
+        name: {"size": record.size, "sha256": record.sha256}
+        for name, record in sorted(files.items())
     }
 
 
@@ -61,7 +84,7 @@ def read_details(folder: Path) -> dict[str, Any]:
 def problems_of(folder: Path, *, hashes: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is not as the manifest says, one line a file; empty if the checkpoint is whole.
 
-    `hashes` reads every file; without, a changed file of the same size goes unnoticed. `share`
+    `hashes` reads every file; without, a large file that was changed goes unnoticed. `share`
     (i, n) looks at every n-th file from the i-th on, so that n ranks look at all of them.
     """
     try:
@@ -79,6 +102,6 @@ def _problem(path: Path, expected: FileRecord, hashes: bool) -> str:
     size = path.stat().st_size
     if size != expected.size:
         return f"{path} has {size} bytes, the manifest says {expected.size}"
-    if hashes and record_of(path).sha256 != expected.sha256:
+    if (hashes or size <= SMALL) and record_of(path).sha256 != expected.sha256:
         return f"{path} was changed or damaged: its SHA-256 is not the manifest's"
     return ""

@@ -29,7 +29,7 @@ from osft_mcore.checkpoint.save import Part, part_name
 from osft_mcore.checkpoint.source import CheckpointSource, read_index
 from osft_mcore.checkpoint.staging import staging, target_problems
 from osft_mcore.config.model_shape import ModelShape
-from osft_mcore.errors import ConfigError, OsftError
+from osft_mcore.errors import ConfigError, OsftError, WeightError
 from osft_mcore.files import json_bytes
 from osft_mcore.log.console import Console
 from osft_mcore.parallel.topology import Topology
@@ -66,25 +66,17 @@ def reshard(
     """
     problems = target_problems(out)
     try:
-        found = open_checkpoint(mcore, hf_config=None, hashes=hashes)
-        if format_of(mcore) == "torch_dist":
-            raise ConfigError(
-                f"--mcore: {mcore} has the format torch_dist, which does not depend on a layout"
+        shape, index = _opened(mcore, hashes=hashes)
+        others = _other_files(mcore, index)
+        problems += layout_problems(shape, topology, vocab_multiple)
+        shards: dict[int, Mapping[str, Layout]] = {}
+        if not problems:
+            engine = any(_FUSED_NORM in name for at in index.layouts.values() for name in at)
+            shards = megatron_shards(
+                shape, topology, vocab_multiple=vocab_multiple, transformer_engine=engine
             )
-        index = read_index(mcore)
-        problems += layout_problems(found.shape, topology)
-        shards = (
-            {}
-            if problems
-            else megatron_shards(
-                found.shape,
-                topology,
-                vocab_multiple=vocab_multiple,
-                transformer_engine=_names_transformer_engine(index),
-            )
-        )
         present = {piece.kind for piece in index.pieces}
-        kinds = [_tensors(mcore, index, k, found.shape, shards) for k in KINDS if k in present]
+        kinds = [_tensors(mcore, index, k, shape, shards) for k in KINDS if k in present]
     except OsftError as error:
         raise joined(problems, error, option="--mcore") from None
     if problems:
@@ -100,15 +92,13 @@ def reshard(
         say_found(opened.found, console)
         parts = [_part(shard, layouts, kinds) for shard, layouts in shards.items()]
         write_parts(opened, parts, console)
-        pieces = [
+        pieces = tuple(
             piece
             for tensors in kinds
             for shard, layouts in shards.items()
             for piece in shard_pieces(shard, tensors.kind, layouts)
-        ]
-        resharded = Index(topology=sizes_of(topology), layouts=shards, pieces=tuple(pieces))
-        tensor_files = {piece.file for piece in index.pieces}
-        others = sorted(read_manifest(mcore).keys() - tensor_files - {INDEX})
+        )
+        resharded = Index(topology=sizes_of(topology), layouts=shards, pieces=pieces)
         copy_files(opened, mcore, others)
         write_contents(opened, {INDEX: json_bytes(to_json(resharded))})
         opened.publish({**read_details(mcore), "resharded_from": str(mcore.resolve())})
@@ -116,8 +106,24 @@ def reshard(
     console.say(f"carried along: {', '.join(others)}")
 
 
-def _names_transformer_engine(index: Index) -> bool:
-    return any(_FUSED_NORM in param for params in index.layouts.values() for param in params)
+def _opened(mcore: Path, *, hashes: bool) -> tuple[ModelShape, Index]:
+    found = open_checkpoint(mcore, hf_config=None, hashes=hashes)
+    if format_of(mcore) == "torch_dist":
+        raise ConfigError(f"--mcore: {mcore} is a torch_dist checkpoint, which has no layout")
+    return found.shape, read_index(mcore)
+
+
+def _other_files(mcore: Path, index: Index) -> list[str]:
+    """What lies beside tensors and index. Raises WeightError at a link out of the checkpoint."""
+    tensors = {piece.file for piece in index.pieces}
+    others = sorted(read_manifest(mcore).keys() - tensors - {INDEX})
+    links = [
+        name for name in others if not (mcore / name).resolve().is_relative_to(mcore.resolve())
+    ]
+    if links:
+        lines = (f"{mcore / name} is a link out of the checkpoint; replace it" for name in links)
+        raise WeightError("\n".join(lines))
+    return others
 
 
 def _tensors(

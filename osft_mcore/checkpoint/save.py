@@ -47,6 +47,8 @@ class Rest:
     """For the manifest."""
     keep_last: int
     keep_every: int
+    protected: Path | None = None
+    """Never deleted."""
 
 
 def part_name(rank: int) -> str:
@@ -100,7 +102,8 @@ def write_rest(building: Path, rest: Rest, *, deadline: float) -> Path:
         for old in expired(
             checkpoints_in(rest.root), keep_last=rest.keep_last, keep_every=rest.keep_every
         ):
-            delete(old)
+            if old.resolve() != rest.protected:
+                delete(old)
     return target
 
 

@@ -92,6 +92,12 @@ def _ranges(config: RunConfig) -> Iterator[str]:
             yield f"{name}: found {beta:g}, expected at least 0 and below 1"
     if config.train.lr_min_ratio > 1:
         yield f"train.lr_min_ratio: found {config.train.lr_min_ratio:g}, expected at most 1"
+    saving, waiting = config.checkpoint.timeout_minutes, config.parallel.timeout_minutes
+    if 0 < waiting <= saving:
+        yield (
+            f"checkpoint.timeout_minutes: found {saving:g}, expected less than "
+            f"parallel.timeout_minutes = {waiting:g}: ranks wait for each other's saves"
+        )
     if not 0 <= config.seed < 2**32:
         yield f"seed: found {config.seed}, expected 0 or more and below 2**32"
     if config.checkpoint.stop_after is not None:

@@ -194,7 +194,7 @@ class CheckpointConfig:
     stop_after: str | None = None
     """Save and stop in time for this much running time, as in `3h50m`. SLURM_JOB_END_TIME is
     heeded in any case."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: float = 20.0
     """A save that takes longer has failed."""
     max_failures: int = 3
     """This many failed saves in a row stop the run."""

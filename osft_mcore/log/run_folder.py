@@ -4,10 +4,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from osft_mcore.errors import ConfigError
+from osft_mcore.errors import CheckpointError, ConfigError
+from osft_mcore.files import replace_file
 
 LOGS: Final = ("metrics.jsonl", "evaluations.jsonl")
 """One line a step, or a few."""
@@ -49,42 +51,51 @@ class RunFolder:
         while (aside := self.path / f"unfinished_{number}").exists():
             number += 1
         aside.mkdir()
-        for name in (*LOGS, *PER_STEP, "config.yaml", "manifest.json"):
+        for name in (*LOGS, *PER_STEP, "hf", "config.yaml", "manifest.json"):
             if (self.path / name).exists():
                 os.replace(self.path / name, aside / name)
         return aside
 
-    def keep_until(self, step: int, *, last: bool) -> None:
+    def keep_until(self, step: int, *, last: bool) -> list[str]:
         """Forget what was written about later steps: they are done again.
 
         `last`: no step is left, so that the closing evaluation of this one is done again as well.
+        Returns where lines could not be read; the last one of a file may be cut off.
         """
         if not self.writer:
-            return
+            return []
+        lost = []
         for name in LOGS:
             limit = step - 1 if last and name == "evaluations.jsonl" else step
             if (self.path / name).exists():
-                self.write_lines(name, [r for r in self.read_lines(name) if r["step"] <= limit])
+                rows = _rows(self.path / name)
+                lost += [f"{name}, line {number}" for number, row in rows[:-1] if row is None]
+                kept = [row for _, row in rows if row is not None and row["step"] <= limit]
+                self.write_lines(name, kept)
         for folder in PER_STEP:
             for path in (self.path / folder).glob("step_*"):
                 number = re.match(r"step_(\d+)", path.name)
                 if number and int(number.group(1)) > step:
                     path.unlink()
         (self.path / "summary.json").unlink(missing_ok=True)
+        return lost
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """The JSON objects of file `name`; empty if there is none."""
         path = self.path / name
-        return list(_rows(path)) if path.exists() else []
+        rows = _rows(path) if path.exists() else []
+        return [row for _, row in rows if row is not None]
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace file `name` in one step: a reader sees the old or the new, never half."""
+        """Replace file `name` in one step: a reader sees the old or the new, never half.
+
+        Raises CheckpointError if it cannot be written.
+        """
         if self.writer:
             target = self.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(target.name + ".tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, target)
+            with _told(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(target, text.encode())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Replace file `name` by `value` as indented JSON."""
@@ -95,16 +106,33 @@ class RunFolder:
         self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_line(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append one JSON object; flushed, so that a killed run keeps its history."""
+        """Append one JSON object; flushed, so that a killed run keeps its history.
+
+        Raises CheckpointError if it cannot be written.
+        """
         if self.writer:
-            with (self.path / name).open("a", encoding="utf-8") as file:
+            with _told(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log; one that a killed run did not finish is its last."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"output_dir: {path} cannot be written: {error.strerror}; the run can go on from its "
+            "newest checkpoint"
+        ) from error
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, Any] | None]]:
+    """The lines of a log with their numbers, from 1; None for one that is no JSON object."""
+    rows: list[tuple[int, dict[str, Any] | None]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except ValueError:
-            return
+            row = None
+        rows.append((number, row if isinstance(row, dict) else None))
+    return rows

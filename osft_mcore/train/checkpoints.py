@@ -42,12 +42,17 @@ class Checkpoints:
         actor: Actor,
         side_files: Mapping[str, bytes],
         console: Console,
+        *,
+        protected: Path | None = None,
     ) -> None:
         """`side_files` by path: what a checkpoint needs to be complete by itself. Collective.
+
+        `protected` is never deleted, however old.
 
         Raises CheckpointError on every rank if the disk has no room for a single checkpoint.
         """
         self._root, self._config, self._actor, self._console = root, config, actor, console
+        self._protected = protected
         self._job = BackgroundJob(background=config.async_)
         self._host: list[Tensor] = []
         self._failures = 0
@@ -194,12 +199,14 @@ class Checkpoints:
             for copy, tensor in zip(self._host, live, strict=True):
                 copy.copy_(tensor)
             return
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_event(mark)
-        with torch.cuda.stream(stream):
-            for copy, tensor in zip(self._host, live, strict=True):
-                copy.copy_(tensor, non_blocking=True)
-        stream.synchronize()
+        # A thread begins on GPU 0, whichever its process uses.
+        with torch.cuda.device(self._actor.context.device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_event(mark)
+            with torch.cuda.stream(stream):
+                for copy, tensor in zip(self._host, live, strict=True):
+                    copy.copy_(tensor, non_blocking=True)
+            stream.synchronize()
 
     def _write(self, step: int, state: bytes, tensors: Callable[[], Iterable[Tensor]]) -> None:
         """All of one rank's work; no other rank is spoken to but through files."""
@@ -218,6 +225,7 @@ class Checkpoints:
                 details={"step": step},
                 keep_last=self._config.keep_last,
                 keep_every=self._config.keep_every,
+                protected=self._protected,
             )
             target = write_rest(building, rest, deadline=self._deadline)
         except CheckpointError:

@@ -31,6 +31,9 @@ class StepEdge:
     ) -> None:
         self._every, self._num_steps = config.checkpoint.every, num_steps
         self._actor, self._checkpoints, self._clock = actor, checkpoints, clock
+        self._go_on = "the same command goes on from there"
+        if config.checkpoint.resume == "never":
+            self._go_on = "start again with checkpoint.resume=auto to go on from there"
         self._signals = StopSignals(actor.context.rank)
         self._deadline = deadline(config.checkpoint.stop_after)
         self._longest_step_s = self._longest_save_s = 0.0
@@ -69,8 +72,8 @@ class StepEdge:
         if reason:
             self._checkpoints.save_now(step, self._state(state))
             raise Stopped(
-                f"{reason}; stopped after step {step} of {self._num_steps} and saved it; the same "
-                "command goes on from there"
+                f"{reason}; stopped after step {step} of {self._num_steps} and saved it; "
+                f"{self._go_on}"
             )
         if due:
             with self._clock("save"):

@@ -23,6 +23,7 @@ from osft_mcore.train.start import (
     export_final,
     find_resume_point,
     open_folder,
+    renew_card,
     say_start,
 )
 from osft_mcore.train.summary import print_summary, seconds_of, summarise
@@ -49,11 +50,13 @@ def run_osft(
             start = loop.scores_of_start() if loop.num_done else loop.score_start()
             loop.clock.flush()
             loop.fit()
-        end = loop.evaluate(loop.num_steps, config.evaluation.temperature)
+            if config.checkpoint.final:
+                # Before the evaluation, which may take long: what was trained is safe.
+                with loop.clock("save"):
+                    export_final(config, loop.actor, loop.folder, loop.num_steps)
+            end = loop.evaluate(loop.num_steps, config.evaluation.temperature)
+        renew_card(loop.folder, loop.num_steps)
         summary = summarise(loop, start, end, context.topology)
-        if config.checkpoint.final:
-            with loop.clock("save"):
-                export_final(config, loop.actor, loop.folder, loop.num_steps)
         summary["seconds"] = seconds_of(loop.clock)
         # Last: it says that nothing is left to do.
         loop.folder.write_json(SUMMARY, summary)
@@ -108,7 +111,7 @@ def open_loop(
             metrics=metrics,
             console=console,
             clock=clock,
-            edge=build_edge(config, "train", num_steps, actor, clock, console),
+            edge=build_edge(config, "train", num_steps, actor, clock, console, point),
             decode=tokenizer.decode,
         )
 

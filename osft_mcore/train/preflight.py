@@ -47,16 +47,18 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
         tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     except OsftError as error:
         return (*errors, error)
-    return (*errors, *_data_errors(config, phase, tokenizer))
+    return (*errors, *_data_errors(config, phase, tokenizer, next(iter(point), None)))
 
 
-def _data_errors(config: RunConfig, phase: Phase, tokenizer: ChatTokenizer) -> list[OsftError]:
+def _data_errors(
+    config: RunConfig, phase: Phase, tokenizer: ChatTokenizer, point: ResumePoint | None
+) -> list[OsftError]:
     def load_train() -> None:
         if phase == "train":
             num_items = len(load_train_prompts(config, tokenizer).prompts)
         else:
             num_items = len(load_sft_examples(config, tokenizer).examples)
-        check_work_left(config, total_steps(config, num_items))
+        check_work_left(config, total_steps(config, num_items), point)
 
     def load_evaluation() -> None:
         if phase == "train":

@@ -15,6 +15,9 @@ from osft_mcore.train.identity import changes, conflicts
 
 CHECKPOINTS: Final = "checkpoints"
 SUMMARY: Final = "summary.json"
+RUN_MANIFEST: Final = "manifest.json"
+BEGUN_FROM: Final = "begun_from"
+"""In a run's manifest: what checkpoint.resume named when it began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +67,7 @@ def resume_point(config: RunConfig, phase: Phase, problems_of: ProblemsOf) -> Re
     Raises ConfigError if the options do not fit the checkpoint or the folder is in use,
     CheckpointError if there are checkpoints and none is whole.
     """
-    resume, output_dir = config.checkpoint.resume, Path(config.output_dir)
-    if resume == "never":
-        return None
-    folders = checkpoints_in(output_dir / CHECKPOINTS) if resume == "auto" else _named(Path(resume))
+    folders = _candidates(config.checkpoint.resume, Path(config.output_dir))
     if not folders:
         return None
     newest = newest_whole(folders, problems_of)
@@ -93,28 +93,68 @@ def resume_point(config: RunConfig, phase: Phase, problems_of: ProblemsOf) -> Re
     )
 
 
-def check_work_left(config: RunConfig, num_steps: int) -> None:
+def check_work_left(config: RunConfig, num_steps: int, point: ResumePoint | None) -> None:
     """Raise NothingLeft if output_dir holds a run that has done `num_steps` steps.
 
-    Raises ConfigError if it has ended after fewer and left no checkpoint to go on from.
+    Raises ConfigError if it has ended after fewer and left no checkpoint to go on from, or if
+    `point` lies behind the end.
     """
-    if config.checkpoint.resume == "never":
-        return
+    if point is not None and point.step > num_steps:
+        raise ConfigError(
+            f"train.steps: the run shall have {num_steps} steps, but {point.folder} has seen "
+            f"{point.step}; raise train.steps (or train.epochs), or choose another output_dir and "
+            "name an earlier checkpoint in checkpoint.resume"
+        )
     summary = Path(config.output_dir) / SUMMARY
-    if not summary.is_file():
+    if config.checkpoint.resume == "never" or not summary.is_file():
         return
-    done = int(json.loads(summary.read_text(encoding="utf-8"))["steps"])
+    done = int(read_json(summary).get("steps", 0))
     if done >= num_steps:
         raise NothingLeft(
             f"{done} of {num_steps} steps are done, nothing is left to do; the results are in "
             f"{summary}. To go on raise train.steps (or train.epochs), to begin anew choose "
             "another output_dir"
         )
-    if config.checkpoint.resume == "auto" and not checkpoints_in(summary.parent / CHECKPOINTS):
+    if point is None:
         raise ConfigError(
             f"output_dir: the run in {config.output_dir!r} ended after {done} steps and kept no "
             "checkpoint to go on from (checkpoint.every); choose another output_dir"
         )
+
+
+def begun_from(output_dir: Path) -> str | None:
+    """The checkpoint that the run in a folder was told to begin from; None if there is none."""
+    manifest = output_dir / RUN_MANIFEST
+    return read_json(manifest).get(BEGUN_FROM) if manifest.is_file() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of the run folder. Raises ConfigError if the file is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"output_dir: {path} is damaged ({error}); remove it to go on without what it says"
+        ) from error
+    return value if isinstance(value, dict) else {}
+
+
+def _candidates(resume: str, output_dir: Path) -> list[Path]:
+    """The checkpoints that may be gone on from, the one to prefer first."""
+    own = checkpoints_in(output_dir / CHECKPOINTS)
+    if resume in ("auto", "never"):
+        return own if resume == "auto" else []
+    named = Path(resume).resolve()
+    if begun_from(output_dir) == str(named):
+        # A second start of the command that began here: it goes on, and does not begin again.
+        return own or _named(named)
+    inside = named.is_relative_to(output_dir.resolve())
+    if (output_dir / RUN_MANIFEST).exists() and not inside:
+        raise ConfigError(
+            f"checkpoint.resume: {resume!r} would begin a run in {str(output_dir)!r}, which holds "
+            "another; choose another output_dir, or checkpoint.resume=auto to go on with that one"
+        )
+    return _named(Path(resume))
 
 
 def _named(path: Path) -> list[Path]:
@@ -137,5 +177,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
             f"checkpoint.resume: {str(folder)!r} holds weights only (no {STATE}); to start from "
             "them convert it to a Hugging Face folder and name that as model.path"
         )
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     return state

@@ -63,7 +63,7 @@ def run_sft(config: RunConfig, context: ParallelContext, console: Console) -> No
             metrics=metrics,
             console=console,
             clock=clock,
-            edge=build_edge(config, "sft", num_steps, actor, clock, console),
+            edge=build_edge(config, "sft", num_steps, actor, clock, console, point),
         )
         clock.flush()
         loop.fit()

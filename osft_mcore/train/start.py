@@ -1,6 +1,5 @@
 """The beginning of a run and its end: actor, folder, what the console says, the final model."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,13 +8,13 @@ from typing import Any
 from osft_mcore.actor.actor import Actor
 from osft_mcore.actor.export import export_hf
 from osft_mcore.checkpoint.folder import checkpoints_in, set_aside, step_of
-from osft_mcore.checkpoint.manifest import problems_of
+from osft_mcore.checkpoint.manifest import problems_of, replace_member
 from osft_mcore.checkpoint.model_card import model_card, read_provenance
 from osft_mcore.config.check import Phase
 from osft_mcore.config.load import to_yaml
 from osft_mcore.config.model_shape import ModelShape, read_model_shape
 from osft_mcore.config.schema import RunConfig
-from osft_mcore.errors import ConfigError
+from osft_mcore.errors import CheckpointError, ConfigError
 from osft_mcore.log.console import Console
 from osft_mcore.log.lock import run_lock
 from osft_mcore.log.manifest import manifest
@@ -29,13 +28,17 @@ from osft_mcore.train.checkpoints import Checkpoints
 from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.inputs import data_hashes
 from osft_mcore.train.resume import (
+    BEGUN_FROM,
     CHECKPOINTS,
+    RUN_MANIFEST,
     ProblemsOf,
     ResumePoint,
+    begun_from,
     check_work_left,
+    read_json,
     resume_point,
 )
-from osft_mcore.weights.side_files import read_side_files
+from osft_mcore.weights.side_files import CARD, read_side_files
 
 FINAL = "hf"
 """The final model's folder in a run folder."""
@@ -52,9 +55,9 @@ def find_resume_point(
 
     Raises as `check_work_left` and `resume_point`.
     """
-    check_work_left(config, num_steps)
     together = _problems_together(context, hashes=config.checkpoint.verify)
     point = resume_point(config, phase, together)
+    check_work_left(config, num_steps, point)
     if point is not None:
         for problem in point.skipped:
             console.say(f"skipped a checkpoint: {problem}")
@@ -121,28 +124,32 @@ def open_folder(
         problem = ""
         if folder.writer:
             try:
+                folder.check_is_folder()
                 if config.checkpoint.resume == "never":
                     folder.check_unused()
                 folder.create()
-                note = stack.enter_context(run_lock(folder.path, job_id=job_id()))
-            except ConfigError as error:
-                problem, note = error.problems[0], ""
-            if note:
-                console.say(note)
+                if note := stack.enter_context(run_lock(folder.path, job_id=job_id())):
+                    console.say(note)
+                details = _make_way(config, folder, console, point, num_steps)
+                details |= {"kernels": kernels_in_use(), **data_hashes(data_files)}
+                folder.write_text("config.yaml", to_yaml(config))
+                size = context.topology.world_size
+                made = manifest(seed=config.seed, world_size=size, details=details)
+                folder.write_json(RUN_MANIFEST, {"phase": phase, **made})
+            except (ConfigError, CheckpointError) as error:
+                problem = "\n".join(getattr(error, "problems", (str(error),)))
+        # The others must not go on where rank 0 cannot.
         if told := [text for text in all_gather_json(problem, context) if text]:
             raise ConfigError(told)
-        details: dict[str, Any] = {"kernels": kernels_in_use(), **data_hashes(data_files)}
-        if folder.writer:
-            details |= _make_way(folder, console, point, num_steps)
-            folder.write_text("config.yaml", to_yaml(config))
-            world_size = context.topology.world_size
-            made = manifest(seed=config.seed, world_size=world_size, details=details)
-            folder.write_json("manifest.json", {"phase": phase, **made})
         yield folder
 
 
 def _make_way(
-    folder: RunFolder, console: Console, point: ResumePoint | None, num_steps: int
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    point: ResumePoint | None,
+    num_steps: int,
 ) -> dict[str, Any]:
     """Bring the folder to where the run goes on from; returns what the manifest says of it."""
     if point is None:
@@ -153,17 +160,21 @@ def _make_way(
                 f"what it left is in {aside}"
             )
         return {}
-    root = folder.path / CHECKPOINTS
-    for newer in checkpoints_in(root):
+    for newer in checkpoints_in(folder.path / CHECKPOINTS):
         if (step_of(newer) or 0) > point.step:
             console.say(f"{newer} is not gone on from; it is now {set_aside(newer).name}")
-    folder.keep_until(point.step, last=point.step == num_steps)
-    earlier = folder.path / "manifest.json"
+    for lost in folder.keep_until(point.step, last=point.step == num_steps):
+        console.say(f"left out a line that cannot be read: {lost}")
+    path = folder.path / RUN_MANIFEST
+    earlier = read_json(path) if path.is_file() else None
+    named = config.checkpoint.resume
+    begun = begun_from(folder.path) if named == "auto" else str(Path(named).resolve())
     return {
+        **({BEGUN_FROM: begun} if begun else {}),
         "resumed_from": str(point.folder),
         "resumed_at_step": point.step,
         "changed_options": list(point.changed),
-        "earlier": json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else None,
+        "earlier": earlier,
     }
 
 
@@ -174,32 +185,45 @@ def build_edge(
     actor: Actor,
     clock: Clock,
     console: Console,
+    point: ResumePoint | None,
 ) -> StepEdge:
     """What the loop calls after every step. Collective over the world.
 
     Raises CheckpointError on every rank if there is no room for a checkpoint.
     """
+    named = config.checkpoint.resume not in ("auto", "never")
     checkpoints = Checkpoints(
         Path(config.output_dir) / CHECKPOINTS,
         config.checkpoint,
         actor,
         read_side_files(config.model.path, dtype=actor.dtype, derived=True),
         console,
+        # What the command names must be there when it is started again.
+        protected=point.folder.resolve() if point and named else None,
     )
     return StepEdge(config, phase, num_steps, actor=actor, checkpoints=checkpoints, clock=clock)
 
 
 def export_final(config: RunConfig, actor: Actor, folder: RunFolder, num_steps: int) -> None:
     """Write the final model and its card as a Hugging Face folder. Every rank must call."""
-    name = f"{folder.path.name}, step {num_steps}"
-    card = model_card(read_provenance(folder.path, step=num_steps), name=name)
     export_hf(
         actor,
         folder.path / FINAL,
         max_shard_bytes=config.checkpoint.max_shard_bytes,
         bucket_bytes=config.sync.bucket_bytes,
-        card=card,
+        card=_card(folder, num_steps),
     )
+
+
+def renew_card(folder: RunFolder, num_steps: int) -> None:
+    """Let the card of the exported model tell what was found since."""
+    if folder.writer and (folder.path / FINAL).is_dir():
+        replace_member(folder.path / FINAL, CARD, _card(folder, num_steps).encode())
+
+
+def _card(folder: RunFolder, num_steps: int) -> str:
+    name = f"{folder.path.name}, step {num_steps}"
+    return model_card(read_provenance(folder.path, step=num_steps), name=name)
 
 
 def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_steps: int) -> None:

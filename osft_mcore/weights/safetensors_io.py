@@ -42,7 +42,7 @@ def read_hf_index(folder: str | Path) -> dict[str, Path]:
         for name in claimed
         if name not in expected and name not in unneeded
     ]
-    index = {name: path for name, path in claimed.items() if name in expected}
+    index = {name: claimed[name] for name in expected if name in claimed}
     for path in sorted(set(index.values())):
         wanted = {name: expected[name] for name, file in index.items() if file == path}
         problems += _wrong_tensors(path, wanted)

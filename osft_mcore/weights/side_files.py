@@ -30,6 +30,8 @@ _WEIGHTS: Final = (
     ".msgpack",
     ".onnx",
 )
+_LARGEST: Final = 128 << 20
+"""In bytes; the largest tokenizers have a fifth of it."""
 _OURS: Final = ("manifest.json",)
 """Speaks of the files of another folder."""
 _OF_THE_MODEL: Final = ("README", "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -114,11 +116,13 @@ def _reason_to_stay(folder: Path, name: str, path: Path) -> str:
         return "not a file"
     if path.name.startswith("."):
         return "a hidden file"
+    if path.stat().st_size > _LARGEST:
+        return f"larger than {_LARGEST >> 20} MiB"
     return "of another folder" if name in _OURS else ""
 
 
 def _renamed(carried: Mapping[str, Path]) -> dict[str, Path]:
     """Card and licence under names that say whose they are; those of its own base give way."""
-    names = {name: f"{BASE}{name}" for name in carried if name.upper().startswith(_OF_THE_MODEL)}
-    replaced = set(names.values())
-    return {names.get(name, name): path for name, path in carried.items() if name not in replaced}
+    own = {name for name in carried if name.upper().startswith(_OF_THE_MODEL)}
+    others = {name: path for name, path in carried.items() if name not in own}
+    return {**others, **{f"{BASE}{name}": carried[name] for name in sorted(own)}}

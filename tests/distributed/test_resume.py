@@ -22,13 +22,13 @@ from toy_run import Start, read_lines, toy_config, write_start
 from osft_mcore.checkpoint.folder import checkpoints_in
 from osft_mcore.config.schema import CheckpointConfig, RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer
-from osft_mcore.errors import ConfigError, OsftError
+from osft_mcore.errors import CheckpointError, ConfigError, OsftError
 from osft_mcore.log.console import Console
 from osft_mcore.parallel.groups import ParallelContext, join_groups
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Prompt, Response, Sampling
 from osft_mcore.train.osft import run_osft
-from osft_mcore.train.resume import resume_point
+from osft_mcore.train.resume import check_work_left, problems_by_size, resume_point
 
 NUM_STEPS = 12
 """Three epochs of four steps."""
@@ -328,3 +328,69 @@ def test_a_finished_run_goes_on_if_it_is_given_more_steps(
     assert [row for row in figures(out) if row["step"] <= 3] == [
         row for row in first if row["step"] <= 3
     ]
+
+
+def test_a_checkpoint_behind_the_end_is_refused(start: Start, stopped_early: Path) -> None:
+    config = resume_config(start, stopped_early, TP1)
+    point = resume_point(config, "train", lambda _folder: [])
+    assert point is not None
+    with pytest.raises(ConfigError, match=r"the run shall have 0 steps, but .* has seen 1"):
+        check_work_left(config, 0, point)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]"])
+def test_a_state_damaged_at_the_same_size_is_passed_over(
+    start: Start, stopped_early: Path, tmp_path: Path, content: bytes
+) -> None:
+    """The launcher does not read large files, but it does read those that decide."""
+    out = tmp_path / "run"
+    shutil.copytree(stopped_early, out)
+    state = out / "checkpoints" / "step_1" / "state.json"
+    state.write_bytes(content.ljust(state.stat().st_size))
+    config = resume_config(start, out, TP1)
+    with pytest.raises(CheckpointError, match=r"state\.json was changed or damaged"):
+        resume_point(config, "train", problems_by_size)
+
+
+def test_a_named_checkpoint_is_where_a_run_begins_not_where_it_begins_again(
+    start: Start, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    """Requeued with the same command, it goes on; and the checkpoint stays although it is old."""
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed["tp2"], out)
+    (out / "summary.json").unlink()
+    named = out / "checkpoints" / "step_10"
+    config = resume_config(start, out, TP1, resume=str(named), keep_last=1)
+    dies(config, TP1, 12)
+    assert [path.name for path in checkpoints_in(out / "checkpoints")] == ["step_11", "step_10"]
+    finish(config, TP1)
+    assert json.loads((out / "manifest.json").read_text())["resumed_at_step"] == 11
+    assert [row["step"] for row in read_lines(out / "metrics.jsonl")] == list(range(1, 13))
+
+
+def test_a_named_checkpoint_does_not_mix_with_another_run(
+    start: Start, undisturbed: dict[str, Path], stopped_early: Path
+) -> None:
+    named = checkpoints_in(undisturbed["tp2"] / "checkpoints")[0]
+    config = resume_config(start, stopped_early, TP1, resume=str(named))
+    with pytest.raises(ConfigError, match="which holds another; choose another output_dir"):
+        resume_point(config, "train", lambda _folder: [])
+
+
+def test_damaged_logs_are_told(
+    start: Start, stopped_early: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(stopped_early, out)
+    metrics = out / "metrics.jsonl"
+    [line] = metrics.read_text().splitlines()
+    metrics.write_text(f"not json\n{line}\n" + line[:20])
+    config = resume_config(start, out, TP1)
+    config = replace(config, train=replace(config.train, steps=2))
+    assert run_ranks(program, 1, config=config, topology=TP1, says=True) == [""]
+    assert "left out a line that cannot be read: metrics.jsonl, line 1" in capfd.readouterr().out
+    assert [row["step"] for row in read_lines(metrics)] == [1, 2]
+    (out / "summary.json").write_text("")
+    [message] = run_ranks(program, 1, config=config, topology=TP1)
+    assert message.startswith("2 ")
+    assert "summary.json is damaged" in message

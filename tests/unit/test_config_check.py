@@ -150,6 +150,10 @@ def test_what_works_passes(
             "checkpoint.timeout_minutes=0",
             "checkpoint.timeout_minutes: found 0, expected more than 0",
         ),
+        (
+            "checkpoint.timeout_minutes=30",
+            "checkpoint.timeout_minutes: found 30, expected less than parallel.timeout_minutes",
+        ),
         ("checkpoint.stop_after=soon", "checkpoint.stop_after: found 'soon', expected hours, min"),
         ("checkpoint.stop_after=0h0m", "checkpoint.stop_after: found '0h0m', expected more than 0"),
         ("checkpoint.resume=''", "checkpoint.resume: not set; expected auto, never, or the path"),

@@ -152,6 +152,10 @@ def test_dtypes_stay_unless_another_is_asked_for(tmp_path: Path) -> None:
         assert_equal(read_weights(wide), {name: t.float() for name, t in mixed.items()})
         assert config_dtype(wide) == "float32"
         narrow = to_mcore(folder, tmp_path / f"{target}_16", target=target, dtype=torch.bfloat16)
+        assert config_dtype(narrow / "model") == "bfloat16"
+        assert config_dtype(to_hf(mcore, tmp_path / f"{target}_b", dtype=torch.bfloat16)) == (
+            "bfloat16"
+        )
         narrow = to_hf(narrow, tmp_path / f"{target}_narrow")
         assert_equal(read_weights(narrow), {name: t.bfloat16() for name, t in mixed.items()})
         assert config_dtype(narrow) == "bfloat16"
@@ -185,10 +189,10 @@ def test_all_mistakes_are_told_at_once_and_nothing_is_written(tmp_path: Path) ->
     assert [line.split(":")[0] for line in lines] == ["--out", "--tp", "--tp", "--pp"]
     assert "is not empty" in lines[0]
     rewrite(folder, **{"model.norm.weight": None, "extra": torch.zeros(2)})
-    lines = refused(ConfigError, to_mcore, folder, taken, tp=0)
-    assert [line.split(":")[0] for line in lines[:2]] == ["--out", "--tp"]
-    assert "model.norm.weight is missing" in lines[2]
-    assert "extra is unexpected" in lines[3]
+    lines = refused(ConfigError, to_mcore, folder, taken, tp=0, vocab_multiple=0)
+    assert [line.split(":")[0] for line in lines[:3]] == ["--out", "--tp", "--vocab-multiple"]
+    assert "model.norm.weight is missing" in lines[3]
+    assert "extra is unexpected" in lines[4]
     (line,) = refused(ConfigError, to_mcore, tmp_path / "none", tmp_path / "out")
     assert line.startswith("--hf: no config.json")
     lines = refused(ConfigError, to_mcore, tmp_path / "hf", tmp_path / "hf" / SINGLE, vpp=2)
@@ -244,6 +248,8 @@ def test_what_is_no_checkpoint_is_refused_with_advice(tmp_path: Path) -> None:
         (line,) = refused(ConfigError, to_hf, place, out)
         assert f"a checkpoint of the run is {step}" in line
     mcore = to_mcore(folder, tmp_path / "mcore")
+    (line,) = refused(ConfigError, to_hf, mcore, out, max_shard_bytes=0)
+    assert line == "--max-shard-gib: expected more than 0"
     shutil.rmtree(mcore / "model")
     assert f"{mcore / 'model' / 'config.json'} is missing" in refused(
         WeightError, to_hf, mcore, out
@@ -278,3 +284,13 @@ def test_a_torch_dist_checkpoint_of_others_needs_a_config(tmp_path: Path) -> Non
     refused(WeightError, to_hf, mcore, tmp_path / "wrong", hf_config=other)
     lines = refused(ConfigError, to_mcore, folder, tmp_path / "no", vpp=2, target="torch_dist")
     assert "has no model chunks" in lines[0]
+
+
+def test_a_checkpoint_must_be_of_this_model(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path / "hf", "llama", layers=3)
+    mcore = to_mcore(folder, tmp_path / "mcore", tp=2)
+    other = save_random_model(tmp_path / "other", "llama", layers=2)
+    lines = refused(WeightError, to_hf, mcore, tmp_path / "out", hf_config=other)
+    assert len(lines) == 9, "one for each tensor of the third layer"
+    assert all("model.layers.2." in line and "is not a tensor of a model" in line for line in lines)
+    assert not (tmp_path / "out").exists()

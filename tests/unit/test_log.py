@@ -109,7 +109,7 @@ def test_a_used_run_folder_is_refused(tmp_path: Path) -> None:
 def test_a_file_in_place_of_the_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match=r"output_dir: .* is a file; expected a folder"):
-        RunFolder(tmp_path / "run", writer=False).check_unused()
+        RunFolder(tmp_path / "run", writer=False).check_is_folder()
 
 
 def test_files_are_written_and_nothing_temporary_stays(tmp_path: Path) -> None:

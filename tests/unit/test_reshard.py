@@ -210,6 +210,16 @@ def test_what_is_not_there_cannot_be_resharded(hf: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def test_a_link_out_of_the_checkpoint_is_not_followed(hf: Path, tmp_path: Path) -> None:
+    step = save_step(tmp_path / "run", hf, TP2)
+    (tmp_path / "secret").write_text("password")
+    (step / "model" / "notes").symlink_to(tmp_path / "secret")
+    rewrite(step, json.loads((step / INDEX).read_text()))
+    with pytest.raises(WeightError, match="model/notes is a link out of the checkpoint"):
+        to_layout(step, tmp_path / "out", PP2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "secret"]
+
+
 def rewrite(step: Path, index: Any) -> None:
     (step / INDEX).write_bytes(json_bytes(index))
     records = {

@@ -21,6 +21,7 @@ from osft_mcore.weights.hf_writer import save_hf
 from osft_mcore.weights.layout import Layout
 from osft_mcore.weights.params import hf_layouts, hf_tensors, megatron_layouts, vllm_layouts
 from osft_mcore.weights.safetensors_io import INDEX, SINGLE, load_into, read_hf_index
+from osft_mcore.weights.safetensors_read import read_header, read_rows
 
 
 def empty_params(layouts: dict[str, Layout], dtype: torch.dtype = torch.float32) -> Tensors:
@@ -95,6 +96,7 @@ def test_a_saved_folder_is_loaded_by_transformers(tmp_path: Path, max_shard_byte
     sizes = [sum(t.nbytes for t in load_file(path).values()) for path in files]
     largest = max(t.nbytes for t in checkpoint.values())
     assert all(size <= max(max_shard_bytes, largest) for size in sizes)
+    assert all(a + b > max_shard_bytes for a, b in itertools.pairwise(sizes)), "no more than needed"
     if max_shard_bytes == 10**9:
         assert [path.name for path in files] == [SINGLE]
     elif max_shard_bytes == 1:
@@ -228,7 +230,7 @@ def test_damaged_folders_are_refused_by_file(tmp_path: Path) -> None:
     with pytest.raises(WeightError, match=r"model\.safetensors is not a complete safetensors file"):
         read_hf_index(folder)
     single.unlink()
-    with pytest.raises(WeightError, match="neither .* is there; expected a Hugging Face folder"):
+    with pytest.raises(WeightError, match=r"neither .* is there; expected a Hugging Face folder"):
         read_hf_index(folder)
     index = folder / INDEX
     names = hf_tensors(read_model_shape(folder))
@@ -296,3 +298,18 @@ def test_random_weights_are_what_training_starts_from() -> None:
     assert abs(values.std() / shape.init_std - 1) < 5 / (2 * values.numel()) ** 0.5
     gate, up = (first[f"model.layers.0.mlp.{n}_proj.weight"] for n in ("gate", "up"))
     assert not torch.equal(gate, up)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / SINGLE
+    save_file({"a": torch.arange(12.0).view(3, 4), "b": torch.arange(5)}, path)
+    header = read_header(path)
+    assert torch.equal(read_rows(path, header["a"], 1, 3), torch.arange(4.0, 12.0).view(2, 4))
+    with pytest.raises(WeightError, match="'b' is I64, expected one of BF16"):
+        read_rows(path, header["b"], 0, 1)
+    path.write_bytes(path.read_bytes()[: header["a"].offset + 20])
+    with pytest.raises(WeightError, match="ended within 'a'"):
+        read_rows(path, header["a"], 0, 3)
+    path.unlink()
+    with pytest.raises(WeightError, match="cannot be read: No such file"):
+        read_rows(path, header["a"], 0, 3)

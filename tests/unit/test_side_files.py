@@ -42,11 +42,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_everything_but_weights_goes_along(folder: Path) -> None:
+    with (folder / "corpus.txt").open("wb") as file:
+        file.truncate((128 << 20) + 1)
     found = side_files(folder)
     assert set(found.carried) == {*SIDE, "additional_chat_templates/tools.jinja"}
     assert found.left_out == {
         ".git": "a folder",
         ".gitattributes": "a hidden file",
+        "corpus.txt": "larger than 128 MiB",
         "manifest.json": "of another folder",
         "original": "a folder",
     }
@@ -99,6 +102,10 @@ def test_the_blobs_of_a_hub_cache_are_read(tmp_path: Path) -> None:
         (snapshot / name).symlink_to(f"../../{blob}")
     assert set(side_files(snapshot).carried) == {"tokenizer.json"}
     assert set(side_files(snapshot).left_out) == {"evil.json"}
+    elsewhere = cache / "models" / "0123"
+    elsewhere.parent.mkdir()
+    snapshot.rename(elsewhere)
+    assert set(side_files(elsewhere).left_out) == {"evil.json", "tokenizer.json"}
 
 
 def test_the_config_says_the_dtype_that_is_asked_for(folder: Path) -> None:

@@ -187,6 +187,14 @@ def test_folders_of_others_are_looked_through_too(copies: dict[str, Path]) -> No
         assert "--hf-config" not in failed(answers(folder, **which))["weights"][0]
 
 
+def test_a_tied_output_layer_must_be_the_embedding(tmp_path: Path) -> None:
+    hf = save_random_model(tmp_path / "hf", "llama", tied=True)
+    assert not failed(answers(hf))
+    change(hf / SINGLE, lambda at: at.update({"lm_head.weight": torch.zeros(67, 64)}))
+    (problem,) = failed(answers(hf))["weights"]
+    assert "differs from model.embed_tokens.weight" in problem
+
+
 def test_another_dtype_or_model_is_not_equal(copies: dict[str, Path], tmp_path: Path) -> None:
     folder, hf = copies["safetensors"], copies["hf"]
     change(hf / SINGLE, lambda at: at.update({k: v.bfloat16() for k, v in at.items()}))
