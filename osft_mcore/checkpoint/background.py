@@ -14,6 +14,8 @@ class BackgroundJob:
         self._background = background
         self._thread: threading.Thread | None = None
         self._problem = ""
+        self.seconds = 0.0
+        """What the last job took."""
 
     def start(self, job: Callable[[], None]) -> None:
         """Begin; the one before must have been waited for."""
@@ -46,6 +48,7 @@ class BackgroundJob:
         return problem
 
     def _run(self, job: Callable[[], None]) -> None:
+        started = time.monotonic()
         try:
             job()
         except OsftError as error:
@@ -53,3 +56,4 @@ class BackgroundJob:
         except Exception as error:
             # Nobody sees a thread's exception: it is handed over like the expected ones.
             self._problem = repr(error)
+        self.seconds = time.monotonic() - started

@@ -1,6 +1,6 @@
 """What a checkpoint's files hold: which interval of which parameter each tensor is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -116,11 +116,6 @@ def from_json(value: Any, source: Path) -> Index:
     return Index(topology=topology, layouts=layouts, pieces=pieces)
 
 
-def shard_layouts(by_rank: Layouts, shards: Mapping[int, int]) -> dict[int, Mapping[str, Layout]]:
-    """Layouts by shard, from layouts by rank; `shards` says which shard a rank holds."""
-    return {shards[rank]: layouts for rank, layouts in by_rank.items()}
-
-
 def _layout_to_json(layout: Layout) -> dict[str, Any]:
     intervals = [[at.tensor, at.start, at.stop] for at in layout.intervals]
     return {"shape": list(layout.shape), "dim": layout.dim, "intervals": intervals}
@@ -153,11 +148,3 @@ def _piece_from_json(
     if Path(file).name != file or piece.kind not in KINDS or not 0 <= start <= stop <= size:
         raise ValueError(f"impossible entry {entry} of {file!r}")
     return piece
-
-
-def whole_pieces(file: str, shard: int, params: Sequence[tuple[str, Layout]]) -> list[Piece]:
-    """The pieces of a file that holds the weights of one shard and nothing else."""
-    return [
-        Piece(file=file, kind="weight", shard=shard, param=name, start=0, stop=prod(layout.shape))
-        for name, layout in params
-    ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from osft_mcore.checkpoint.folder import checkpoints_in, delete, expired, publish
 from osft_mcore.checkpoint.manifest import write_manifest
 from osft_mcore.errors import CheckpointError
-from osft_mcore.files import FileRecord, flush, json_bytes, replace_file, write_file
+from osft_mcore.files import FileRecord, flush, json_bytes, write_file
 from osft_mcore.weights.safetensors_stream import TensorSpec, write_safetensors
 
 RECEIPTS: Final = "receipts"
@@ -62,21 +62,21 @@ def write_part(building: Path, part: Part) -> None:
     Raises CheckpointError if the file cannot be written; nothing of it is left.
     """
     path = building / part.file
-    receipt: dict[str, Any]
     try:
         record = write_safetensors(path, part.specs, part.tensors())
-        receipt = {"size": record.size, "sha256": record.sha256}
+        _write_receipt(building, part.file, {"size": record.size, "sha256": record.sha256})
     except Exception as error:
         # Away with it first: the receipt may need the room.
         path.unlink(missing_ok=True)
-        reason = _reason(error, path, sum(spec.num_bytes for spec in part.specs))
-        with suppress(OSError):
-            _write_receipt(building, part.file, {"error": reason})
-        raise CheckpointError(reason) from error
-    try:
-        _write_receipt(building, part.file, receipt)
-    except OSError as error:
-        raise CheckpointError(_reason(error, building / RECEIPTS, 0)) from error
+        needed = sum(spec.num_bytes for spec in part.specs)
+        raise failed_part(building, part.file, _reason(error, path, needed)) from error
+
+
+def failed_part(building: Path, file: str, reason: str) -> CheckpointError:
+    """The error to raise for a part that will not come; rank 0, which waits for it, is told."""
+    with suppress(OSError):
+        _write_receipt(building, file, {"error": reason})
+    return CheckpointError(reason)
 
 
 def write_rest(building: Path, rest: Rest, *, deadline: float) -> Path:
@@ -110,7 +110,10 @@ def write_rest(building: Path, rest: Rest, *, deadline: float) -> Path:
 def _write_receipt(building: Path, file: str, receipt: Mapping[str, Any]) -> None:
     folder = building / RECEIPTS
     folder.mkdir(exist_ok=True)
-    replace_file(folder / f"{file}.json", json_bytes(receipt))
+    temporary = folder / f"{file}.tmp"
+    temporary.write_bytes(json_bytes(receipt))
+    # The last that this rank does here: whoever sees the receipt may remove the folder.
+    os.replace(temporary, folder / f"{file}.json")
 
 
 def _receipts(building: Path, parts: Sequence[str], deadline: float) -> dict[str, FileRecord]:

@@ -15,6 +15,8 @@ class Clock:
     def __init__(self, totals: Mapping[str, float] | None = None) -> None:
         """`totals` of earlier starts of the same run."""
         self.totals = dict(totals or {})
+        self.longest: dict[str, float] = {}
+        """Seconds of the longest single stay in each phase, since this start."""
         self._step: dict[str, float] = {}
 
     @contextmanager
@@ -25,6 +27,7 @@ class Clock:
         elapsed = time.monotonic() - started
         for book in (self.totals, self._step):
             book[phase] = book.get(phase, 0.0) + elapsed
+        self.longest[phase] = max(self.longest.get(phase, 0.0), elapsed)
 
     def flush(self) -> dict[str, float]:
         """`time/<phase>_s` since the last flush."""

@@ -16,7 +16,15 @@ from osft_mcore.actor.training_state import StateTensor
 from osft_mcore.checkpoint.background import BackgroundJob
 from osft_mcore.checkpoint.folder import STATE, prepare, sweep
 from osft_mcore.checkpoint.index import INDEX, Index, Piece, to_json
-from osft_mcore.checkpoint.save import Part, Rest, part_name, readable, write_part, write_rest
+from osft_mcore.checkpoint.save import (
+    Part,
+    Rest,
+    failed_part,
+    part_name,
+    readable,
+    write_part,
+    write_rest,
+)
 from osft_mcore.config.schema import CheckpointConfig
 from osft_mcore.errors import CheckpointError
 from osft_mcore.files import json_bytes
@@ -28,6 +36,10 @@ from osft_mcore.weights.safetensors_stream import TensorSpec
 
 ROOM: Final = 1.02
 """Index, state and tokenizer come on top of the tensors."""
+SETUP_S: Final = 5.0
+BYTES_A_SECOND: Final = 100e6
+"""Of one rank; a guess, until a save has shown it."""
+BYTES_A_SECOND_TOGETHER: Final = 1e9
 GRACE_S: Final = 5.0
 """For rank 0, which waits for the others until the deadline, to say so."""
 
@@ -57,11 +69,11 @@ class Checkpoints:
         self._host: list[Tensor] = []
         self._failures = 0
         self._pending: int | None = None
-        self._deadline = 0.0
+        self._deadline = self._longest_s = 0.0
         state = self._owned()
         self._specs = [_spec(tensor, actor.shard) for tensor in state]
         pieces, sizes = self._gather_pieces(state)
-        self._num_bytes = sum(sizes)
+        self._own_bytes, self._num_bytes = sizes[actor.context.rank], sum(sizes)
         self._contents = {
             INDEX: json_bytes(to_json(_index(actor, pieces))),
             **{f"model/{name}": content for name, content in side_files.items()},
@@ -108,10 +120,25 @@ class Checkpoints:
             return
         step, self._pending = self._pending, None
         problem = self._job.wait(self._deadline + (GRACE_S if self._is_writer else 2 * GRACE_S))
+        self._longest_s = max(self._longest_s, self._job.seconds)
         if problem := self._together(problem):
             self._failed(step, problem)
         else:
             self._failures = 0
+
+    @property
+    def longest_s(self) -> float:
+        """What the longest save took from beginning to end; before the first, what it may take."""
+        return self._longest_s or SETUP_S + max(
+            self._own_bytes / BYTES_A_SECOND, self._num_bytes / BYTES_A_SECOND_TOGETHER
+        )
+
+    @property
+    def _file(self) -> str:
+        return part_name(self._actor.context.rank)
+
+    def _building(self, step: int) -> Path:
+        return self._root / f"step_{step}.tmp"
 
     @property
     def _is_writer(self) -> bool:
@@ -180,6 +207,9 @@ class Checkpoints:
         def job() -> None:
             try:
                 snapshot()
+            except Exception as error:
+                reason = f"rank {self._actor.context.rank} cannot copy its state: {error!r}"
+                raise failed_part(self._building(step), self._file, reason) from error
             finally:
                 copied.set()
             self._write(step, state, lambda: self._host)
@@ -211,10 +241,9 @@ class Checkpoints:
     def _write(self, step: int, state: bytes, tensors: Callable[[], Iterable[Tensor]]) -> None:
         """All of one rank's work; no other rank is spoken to but through files."""
         started = time.monotonic()
-        building = self._root / f"step_{step}.tmp"
-        file = part_name(self._actor.context.rank)
+        building = self._building(step)
         try:
-            write_part(building, Part(file=file, specs=self._specs, tensors=tensors))
+            write_part(building, Part(file=self._file, specs=self._specs, tensors=tensors))
             if not self._is_writer:
                 return
             rest = Rest(

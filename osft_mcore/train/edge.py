@@ -30,13 +30,14 @@ class StepEdge:
         clock: Clock,
     ) -> None:
         self._every, self._num_steps = config.checkpoint.every, num_steps
+        self._evaluation_every = config.evaluation.every
         self._actor, self._checkpoints, self._clock = actor, checkpoints, clock
         self._go_on = "the same command goes on from there"
         if config.checkpoint.resume == "never":
             self._go_on = "start again with checkpoint.resume=auto to go on from there"
         self._signals = StopSignals(actor.context.rank)
         self._deadline = deadline(config.checkpoint.stop_after)
-        self._longest_step_s = self._longest_save_s = 0.0
+        self._longest_step_s = 0.0
         self._began = time.monotonic()
         self._fixed = {
             "phase": phase,
@@ -65,9 +66,9 @@ class StepEdge:
         Raises Stopped, on every rank, once the run was told to stop and has saved; CheckpointError
         if saving failed too often.
         """
-        saving = time.monotonic()
-        self._longest_step_s = max(self._longest_step_s, saving - self._began)
-        reason = agreed_stop(self._signals.received or self._lacks_time(), self._actor.context)
+        self._longest_step_s = max(self._longest_step_s, time.monotonic() - self._began)
+        reason = self._signals.received or self._lacks_time(step)
+        reason = agreed_stop(reason, self._actor.context)
         due = self._every > 0 and (step % self._every == 0 or step == self._num_steps)
         if reason:
             self._checkpoints.save_now(step, self._state(state))
@@ -79,18 +80,20 @@ class StepEdge:
             with self._clock("save"):
                 self._checkpoints.save(step, self._state(state))
         self._began = time.monotonic()
-        self._longest_save_s = max(self._longest_save_s, self._began - saving)
 
     def finish(self) -> None:
         """Wait until the last save is done. Collective."""
         with self._clock("save"):
             self._checkpoints.settle()
 
-    def _lacks_time(self) -> str:
+    def _lacks_time(self, step: int) -> str:
+        every = self._evaluation_every
+        evaluates = every > 0 and (step + 1) % every == 0
         return self._deadline.near(
             time.time(),
-            longest_step_s=self._longest_step_s,
-            longest_save_s=self._longest_save_s,
+            longest_step_s=self._longest_step_s
+            + (self._clock.longest.get("evaluate", 0.0) if evaluates else 0.0),
+            longest_save_s=self._checkpoints.longest_s,
         )
 
     def _state(self, state: Mapping[str, Any]) -> dict[str, Any]:

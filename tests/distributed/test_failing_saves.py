@@ -88,6 +88,28 @@ def test_a_writer_that_fails_is_told_everywhere_and_counted(
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def failing_copy(rank: int, model: Path, root: Path) -> str:
+    """Rank 1 cannot copy its state to the host; what was raised."""
+    checkpoints = make(rank, make_actor(model), root)
+    if rank == 1:
+        checkpoints._host = [torch.zeros(1)]  # Of other shapes: the copy fails.
+    try:
+        checkpoints.save_now(1, {})
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_copy_that_fails_is_told_at_once(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And not when checkpoint.timeout_minutes have passed: the test would not wait so long."""
+    first, second = run_ranks(failing_copy, 2, model=model, root=tmp_path, timeout_s=60.0)
+    assert first == second == "step 1 could not be saved; see above"
+    assert "rank 1 cannot copy its state: " in capfd.readouterr().out
+    assert checkpoints_in(tmp_path) == []
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB."""
