@@ -60,8 +60,11 @@ class StepEdge:
             raise Stopped(f"{reason}; stopped with {num_done} of {self._num_steps} steps done")
         self._began = time.monotonic()
 
-    def passed(self, step: int, **state: Any) -> None:
+    def passed(self, step: int, *, sound: bool, **state: Any) -> None:
         """Step `step` is done and logged; `state` is what only its loop knows. Collective.
+
+        Not `sound`: its last update was skipped. That is saved only if the run stops here; older
+        checkpoints, which may be better, would have to go for it.
 
         Raises Stopped, on every rank, once the run was told to stop and has saved; CheckpointError
         if saving failed too often.
@@ -76,7 +79,7 @@ class StepEdge:
                 f"{reason}; stopped after step {step} of {self._num_steps} and saved it; "
                 f"{self._go_on}"
             )
-        if due:
+        if due and sound:
             with self._clock("save"):
                 self._checkpoints.save(step, self._state(state))
         self._began = time.monotonic()

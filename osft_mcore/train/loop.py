@@ -68,7 +68,7 @@ class OsftLoop:
                 if due(cfg.evaluation.every, step) and step < self.num_steps:
                     self.evaluate(step, cfg.evaluation.temperature)
                 progress.finished(step, self.log_step(step, tau, responses, updates, push))
-                self.edge.passed(step, weight_version=self.sync.version)
+                self.edge.passed(step, sound=not self.skipped.any, weight_version=self.sync.version)
             self.edge.finish()
 
     def tau_sample(self, step: int) -> float:

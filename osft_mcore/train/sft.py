@@ -107,7 +107,7 @@ class SftLoop:
                 record = {"optim/lr": lr, **update_metrics(updates), **self.clock.flush()}
                 self.metrics.write(step, record)
                 progress.finished(step, shown(record, "loss/nll", "optim/lr"))
-                self.edge.passed(step)
+                self.edge.passed(step, sound=not self.skipped.any)
             self.edge.finish()
 
     def batch(self, step: int) -> list[Example]:

@@ -22,6 +22,11 @@ class SkippedUpdates:
     def __init__(self) -> None:
         self._in_a_row: list[str] = []
 
+    @property
+    def any(self) -> bool:
+        """True if the last update was skipped: then the weights themselves may be to blame."""
+        return bool(self._in_a_row)
+
     def note(
         self,
         update: UpdateResult,
@@ -70,7 +75,8 @@ class SkippedUpdates:
                 "gradient was not finite (option train.max_skipped_updates)",
                 *self._in_a_row,
                 f"the weights are those from before these; look at train.lr (found {train.lr:g}), "
-                f"train.clip_grad (found {clip}) and model.dtype (found {actor.model.dtype})",
+                f"train.clip_grad (found {clip}) and model.dtype (found {actor.model.dtype}); started "
+                "again, the run goes on from its newest checkpoint, which is from before",
             ]
         )
 

@@ -22,7 +22,8 @@ from torch_engine import build_torch_engine
 from toy_run import Start, read_lines, toy_config, write_start
 
 from osft_mcore.actor.actor import Actor
-from osft_mcore.config.schema import DataConfig, EvaluationConfig, RunConfig
+from osft_mcore.checkpoint.folder import checkpoints_in
+from osft_mcore.config.schema import CheckpointConfig, DataConfig, EvaluationConfig, RunConfig
 from osft_mcore.errors import AgreementError, NonFiniteError, WeightError
 from osft_mcore.log.console import Console
 from osft_mcore.log.run_folder import RunFolder
@@ -44,7 +45,8 @@ def config_of(
 ) -> RunConfig:
     config = toy_config(start, out, topology)
     train = replace(config.train, steps=steps, max_skipped_updates=limit)
-    return replace(config, train=train, evaluation=EvaluationConfig())
+    checkpoint = CheckpointConfig(every=1, async_=False, keep_last=1)
+    return replace(config, train=train, evaluation=EvaluationConfig(), checkpoint=checkpoint)
 
 
 def inject(faults: Faults) -> None:
@@ -153,7 +155,8 @@ def test_too_many_in_a_row_over_steps_stop_all_ranks_alike(stopped: tuple[Path, 
         f"step 4, update 1: {nan}; batch in {out}/skipped/step_4_update_1.json",
         f"step 4, update 2: gradient norm is nan; batch in {out}/skipped/step_4_update_2.json",
         "the weights are those from before these; look at train.lr (found 0.0005), "
-        "train.clip_grad (found 1) and model.dtype (found fp32)",
+        "train.clip_grad (found 1) and model.dtype (found fp32); started again, the run goes on "
+        "from its newest checkpoint, which is from before",
     ]
     told = re.findall(r"^skipped (step \d), update (\d): .* \((\d) in a row", printed, re.MULTILINE)
     assert told == [
@@ -162,6 +165,14 @@ def test_too_many_in_a_row_over_steps_stop_all_ranks_alike(stopped: tuple[Path, 
     ]  # fmt: skip
     assert "osft 2/20  response_length_mean" in printed
     assert "osft 3/20  nll" in printed
+
+
+def test_weights_that_may_be_to_blame_do_not_replace_a_checkpoint(
+    stopped: tuple[Path, list[Any]],
+) -> None:
+    """Steps 2 and 3 ended with a skipped update: keep_last=1 would have deleted step 1 for them."""
+    out, _ = stopped
+    assert [path.name for path in checkpoints_in(out / "checkpoints")] == ["step_1"]
 
 
 def test_the_batch_of_a_skipped_update_is_kept(stopped: tuple[Path, list[Any]]) -> None:
