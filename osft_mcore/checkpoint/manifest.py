@@ -17,8 +17,10 @@ from osft_mcore.files import (
 )
 
 MANIFEST: Final = "manifest.json"
+DECISIVE: Final = ("index.json", "state.json")
+"""They decide how the others are read: always hashed."""
 SMALL: Final = 1 << 20
-"""Bytes: files up to here, those that decide how the others are read, are always hashed."""
+"""Bytes: so are files up to here."""
 
 
 def write_manifest(
@@ -102,6 +104,7 @@ def _problem(path: Path, expected: FileRecord, hashes: bool) -> str:
     size = path.stat().st_size
     if size != expected.size:
         return f"{path} has {size} bytes, the manifest says {expected.size}"
-    if (hashes or size <= SMALL) and record_of(path).sha256 != expected.sha256:
+    decides = size <= SMALL or path.name in DECISIVE
+    if (hashes or decides) and record_of(path).sha256 != expected.sha256:
         return f"{path} was changed or damaged: its SHA-256 is not the manifest's"
     return ""

@@ -31,6 +31,8 @@ class StopSignals:
     def __init__(self, rank: int) -> None:
         self.received = ""
         """Name of the first signal; empty if there was none."""
+        self.promise = "saving after this step, then stopping"
+        """What the first signal is answered with."""
         self._rank = rank
 
     def __enter__(self) -> Self:
@@ -66,8 +68,8 @@ class StopSignals:
                 first = time.monotonic()
                 self.received = signal.Signals(number).name
                 sys.stderr.write(
-                    f"[rank {self._rank}] {self.received}: saving after this step, then stopping; "
-                    "a second signal stops at once\n"
+                    f"[rank {self._rank}] {self.received}: {self.promise}; a second signal stops "
+                    "at once\n"
                 )
             elif time.monotonic() - first > SAME_REQUEST_S:
                 os._exit(128 + number)

@@ -1,6 +1,7 @@
 """Saves the training state of a run while it goes on. Every rank calls every method."""
 
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,6 +70,7 @@ class Checkpoints:
         self._host: list[Tensor] = []
         self._failures = 0
         self._pending: int | None = None
+        self._expire = True
         self._deadline = self._longest_s = 0.0
         state = self._owned()
         self._specs = [_spec(tensor, actor.shard) for tensor in state]
@@ -85,10 +87,11 @@ class Checkpoints:
         if problem := self._together(problem):
             raise CheckpointError(problem)
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Mapping[str, Any], *, expire: bool = True) -> None:
         """Save what training has come to; on return it may go on. Collective over the world.
 
-        `state` is what the tensors do not say: JSON-able, the same on every rank. A save that
+        `state` is what the tensors do not say: JSON-able, the same on every rank. `expire`: older
+        checkpoints go as checkpoint.keep_last says. A save that
         fails is reported and counted; CheckpointError on every rank after checkpoint.max_failures
         in a row.
         """
@@ -102,14 +105,14 @@ class Checkpoints:
             self._failed(step, problem)
             return
         content = json_bytes({"step": step, **state, "rng": [rng for _, rng in random_states]})
-        self._pending = step
+        self._pending, self._expire = step, expire
         self._start(step, content)
         if not self._config.async_:
             self.settle()
 
-    def save_now(self, step: int, state: Mapping[str, Any]) -> None:
+    def save_now(self, step: int, state: Mapping[str, Any], *, expire: bool = True) -> None:
         """Save, and wait until it is done. CheckpointError on every rank if it failed."""
-        self.save(step, state)
+        self.save(step, state, expire=expire)
         self.settle()
         if self._failures:
             raise CheckpointError(f"step {step} could not be saved; see above")
@@ -252,7 +255,7 @@ class Checkpoints:
                 parts=[part_name(rank) for rank in range(self._actor.context.topology.world_size)],
                 contents={**self._contents, STATE: state},
                 details={"step": step},
-                keep_last=self._config.keep_last,
+                keep_last=self._config.keep_last if self._expire else sys.maxsize,
                 keep_every=self._config.keep_every,
                 protected=self._protected,
             )

@@ -38,6 +38,7 @@ class StepEdge:
         self._signals = StopSignals(actor.context.rank)
         self._deadline = deadline(config.checkpoint.stop_after)
         self._longest_step_s = 0.0
+        self._is_due = False
         self._began = time.monotonic()
         self._fixed = {
             "phase": phase,
@@ -63,8 +64,8 @@ class StepEdge:
     def passed(self, step: int, *, sound: bool, **state: Any) -> None:
         """Step `step` is done and logged; `state` is what only its loop knows. Collective.
 
-        Not `sound`: its last update was skipped. That is saved only if the run stops here; older
-        checkpoints, which may be better, would have to go for it.
+        Not `sound`: its last update was skipped, so that the weights may be to blame. A save that
+        is due waits for a sound step: it makes older checkpoints go, which may be better.
 
         Raises Stopped, on every rank, once the run was told to stop and has saved; CheckpointError
         if saving failed too often.
@@ -72,20 +73,23 @@ class StepEdge:
         self._longest_step_s = max(self._longest_step_s, time.monotonic() - self._began)
         reason = self._signals.received or self._lacks_time(step)
         reason = agreed_stop(reason, self._actor.context)
-        due = self._every > 0 and (step % self._every == 0 or step == self._num_steps)
+        if self._every > 0 and (step % self._every == 0 or step == self._num_steps):
+            self._is_due = True
         if reason:
-            self._checkpoints.save_now(step, self._state(state))
+            self._checkpoints.save_now(step, self._state(state), expire=sound)
             raise Stopped(
                 f"{reason}; stopped after step {step} of {self._num_steps} and saved it; "
                 f"{self._go_on}"
             )
-        if due and sound:
+        if self._is_due and sound:
+            self._is_due = False
             with self._clock("save"):
                 self._checkpoints.save(step, self._state(state))
         self._began = time.monotonic()
 
     def finish(self) -> None:
-        """Wait until the last save is done. Collective."""
+        """All steps are done: wait until the last save is, too. Collective."""
+        self._signals.promise = "what is left to do after the last step is done first"
         with self._clock("save"):
             self._checkpoints.settle()
 

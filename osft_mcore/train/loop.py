@@ -187,7 +187,11 @@ class OsftLoop:
             rows = self.folder.read_lines(_answers_file(0, tau))
             if (evaluation := self.evaluator.recall(0, tau, rows)) is not None:
                 recalled.append(evaluation)
-        return recalled if recalled and recalled[0].temperature == cfg.temperature else []
+        if recalled and recalled[0].temperature == cfg.temperature:
+            return recalled
+        if cfg.before:
+            self.console.say("the scores of the starting model are not here: no gain will be told")
+        return []
 
     def log_step(
         self,

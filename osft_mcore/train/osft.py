@@ -24,6 +24,7 @@ from osft_mcore.train.start import (
     find_resume_point,
     open_folder,
     renew_card,
+    restore_rng,
     say_start,
 )
 from osft_mcore.train.summary import print_summary, seconds_of, summarise
@@ -98,6 +99,7 @@ def open_loop(
         metrics = MetricsLog(folder, config.logging, as_options(config))
         stack.callback(metrics.close)
         grader = stack.enter_context(build_grader(config)) if context.rank == 0 else None
+        restore_rng(point, context)
         yield OsftLoop(
             config=config,
             num_steps=num_steps,

@@ -1,7 +1,7 @@
 """What is wrong with a run's files, found before a rank, a model or the run folder exists."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from osft_mcore.config.check import Phase
@@ -19,7 +19,13 @@ from osft_mcore.train.inputs import (
     load_train_prompts,
     total_steps,
 )
-from osft_mcore.train.resume import ResumePoint, check_work_left, problems_by_size, resume_point
+from osft_mcore.train.resume import (
+    ResumePoint,
+    candidates,
+    check_work_left,
+    problems_by_size,
+    resume_point,
+)
 from osft_mcore.train.weight_plan import weight_lines
 from osft_mcore.weights.safetensors_io import read_hf_index
 
@@ -35,7 +41,7 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
     point: list[ResumePoint | None] = []
     steps: list[Callable[[], None]] = [
         lambda: _check_output_dir(config),
-        lambda: point.append(resume_point(config, phase, problems_by_size)),
+        lambda: point.append(resume_point(config, phase, problems_by_size, candidates(config))),
     ]
     if phase == "train":
         steps.append(lambda: _check_weight_plan(config))
@@ -47,18 +53,21 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
         tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     except OsftError as error:
         return (*errors, error)
-    return (*errors, *_data_errors(config, phase, tokenizer, next(iter(point), None)))
+    return (*errors, *_data_errors(config, phase, tokenizer, point))
 
 
 def _data_errors(
-    config: RunConfig, phase: Phase, tokenizer: ChatTokenizer, point: ResumePoint | None
+    config: RunConfig, phase: Phase, tokenizer: ChatTokenizer, point: Sequence[ResumePoint | None]
 ) -> list[OsftError]:
     def load_train() -> None:
         if phase == "train":
             num_items = len(load_train_prompts(config, tokenizer).prompts)
         else:
             num_items = len(load_sft_examples(config, tokenizer).examples)
-        check_work_left(config, total_steps(config, num_items), point)
+        num_steps = total_steps(config, num_items)
+        if point:
+            # Else it was refused, and what is left to do is another question.
+            check_work_left(config, num_steps, point[0])
 
     def load_evaluation() -> None:
         if phase == "train":

@@ -1,7 +1,7 @@
 """Where a run goes on from: the newest whole checkpoint, if what it was made with still holds."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -61,13 +61,14 @@ def problems_by_size(folder: Path) -> list[str]:
     return problems_of(folder, hashes=False)
 
 
-def resume_point(config: RunConfig, phase: Phase, problems_of: ProblemsOf) -> ResumePoint | None:
-    """The checkpoint that checkpoint.resume means; None: a run begins.
+def resume_point(
+    config: RunConfig, phase: Phase, problems_of: ProblemsOf, folders: Sequence[Path]
+) -> ResumePoint | None:
+    """The first whole one of `candidates`; None if there are none: a run begins.
 
     Raises ConfigError if the options do not fit the checkpoint or the folder is in use,
     CheckpointError if there are checkpoints and none is whole.
     """
-    folders = _candidates(config.checkpoint.resume, Path(config.output_dir))
     if not folders:
         return None
     newest = newest_whole(folders, problems_of)
@@ -139,8 +140,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _candidates(resume: str, output_dir: Path) -> list[Path]:
-    """The checkpoints that may be gone on from, the one to prefer first."""
+def candidates(config: RunConfig) -> list[Path]:
+    """The checkpoints that checkpoint.resume allows to go on from, the one to prefer first.
+
+    Raises ConfigError if it names none, or one that does not belong to the run in output_dir.
+    """
+    resume, output_dir = config.checkpoint.resume, Path(config.output_dir)
     own = checkpoints_in(output_dir / CHECKPOINTS)
     if resume in ("auto", "never"):
         return own if resume == "auto" else []

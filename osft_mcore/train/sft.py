@@ -26,6 +26,7 @@ from osft_mcore.train.start import (
     export_final,
     find_resume_point,
     open_folder,
+    restore_rng,
     say_start,
 )
 from osft_mcore.train.step_metrics import shown, update_metrics
@@ -53,6 +54,7 @@ def run_sft(config: RunConfig, context: ParallelContext, console: Console) -> No
         )
         metrics = MetricsLog(folder, config.logging, as_options(config))
         stack.callback(metrics.close)
+        restore_rng(point, context)
         loop = SftLoop(
             config=config,
             num_steps=num_steps,

@@ -75,8 +75,8 @@ class SkippedUpdates:
                 "gradient was not finite (option train.max_skipped_updates)",
                 *self._in_a_row,
                 f"the weights are those from before these; look at train.lr (found {train.lr:g}), "
-                f"train.clip_grad (found {clip}) and model.dtype (found {actor.model.dtype}); started "
-                "again, the run goes on from its newest checkpoint, which is from before",
+                f"train.clip_grad (found {clip}) and model.dtype (found {actor.model.dtype}); "
+                "started again, the run goes on from its newest checkpoint, which is from before",
             ]
         )
 

@@ -34,6 +34,7 @@ from osft_mcore.train.resume import (
     ProblemsOf,
     ResumePoint,
     begun_from,
+    candidates,
     check_work_left,
     read_json,
     resume_point,
@@ -56,7 +57,7 @@ def find_resume_point(
     Raises as `check_work_left` and `resume_point`.
     """
     together = _problems_together(context, hashes=config.checkpoint.verify)
-    point = resume_point(config, phase, together)
+    point = resume_point(config, phase, together, _candidates_together(config, context))
     check_work_left(config, num_steps, point)
     if point is not None:
         for problem in point.skipped:
@@ -65,6 +66,19 @@ def find_resume_point(
         for change in point.changed:
             console.say(f"changed since then: {change}")
     return point
+
+
+def _candidates_together(config: RunConfig, context: ParallelContext) -> list[Path]:
+    """Rank 0's view of the folders: those of other hosts may be older. Collective."""
+    refusal, folders = "", list[str]()
+    try:
+        folders = [str(path) for path in candidates(config)]
+    except ConfigError as error:
+        refusal = error.problems[0]
+    refusal, folders = all_gather_json([refusal, folders], context)[0]
+    if refusal:
+        raise ConfigError(refusal)
+    return [Path(folder) for folder in folders]
 
 
 def _problems_together(context: ParallelContext, *, hashes: bool) -> ProblemsOf:
@@ -98,10 +112,16 @@ def build_actor(
     )
     if point is not None:
         actor.num_updates = point.num_updates
-        random_states = point.state["rng"]
-        if len(random_states) == context.topology.world_size:
-            set_rng_state(random_states[context.rank])
     return actor
+
+
+def restore_rng(point: ResumePoint | None, context: ParallelContext) -> None:
+    """Put this rank's random number generators where they were, if the ranks are as many.
+
+    To be called last: whatever else is built may seed them.
+    """
+    if point is not None and len(point.state["rng"]) == context.topology.world_size:
+        set_rng_state(point.state["rng"][context.rank])
 
 
 @contextmanager
@@ -121,7 +141,7 @@ def open_folder(
     """
     folder = RunFolder(config.output_dir, writer=context.rank == 0)
     with ExitStack() as stack:
-        problem = ""
+        refusal = failure = ""
         if folder.writer:
             try:
                 folder.check_is_folder()
@@ -136,11 +156,16 @@ def open_folder(
                 size = context.topology.world_size
                 made = manifest(seed=config.seed, world_size=size, details=details)
                 folder.write_json(RUN_MANIFEST, {"phase": phase, **made})
-            except (ConfigError, CheckpointError) as error:
-                problem = "\n".join(getattr(error, "problems", (str(error),)))
+            except ConfigError as error:
+                refusal = "\n".join(error.problems)
+            except (CheckpointError, OSError) as error:
+                failure = f"{folder.path} cannot be opened for a run: {error}"
         # The others must not go on where rank 0 cannot.
-        if told := [text for text in all_gather_json(problem, context) if text]:
-            raise ConfigError(told)
+        refusal, failure = all_gather_json([refusal, failure], context)[0]
+        if refusal:
+            raise ConfigError(refusal)
+        if failure:
+            raise CheckpointError(failure)
         yield folder
 
 
@@ -166,7 +191,8 @@ def _make_way(
     for lost in folder.keep_until(point.step, last=point.step == num_steps):
         console.say(f"left out a line that cannot be read: {lost}")
     path = folder.path / RUN_MANIFEST
-    earlier = read_json(path) if path.is_file() else None
+    before = read_json(path) if path.is_file() else {}
+    earlier = [*before.pop("earlier", []), *([before] if before else [])]
     named = config.checkpoint.resume
     begun = begun_from(folder.path) if named == "auto" else str(Path(named).resolve())
     return {

@@ -28,7 +28,7 @@ from osft_mcore.parallel.groups import ParallelContext, join_groups
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Prompt, Response, Sampling
 from osft_mcore.train.osft import run_osft
-from osft_mcore.train.resume import check_work_left, problems_by_size, resume_point
+from osft_mcore.train.resume import candidates, check_work_left, problems_by_size, resume_point
 
 NUM_STEPS = 12
 """Three epochs of four steps."""
@@ -169,8 +169,7 @@ def test_the_layout_may_change_on_the_way(
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["resumed_at_step"] == 8
     assert "parallel.pp: 2 -> 1" in manifest["changed_options"]
-    assert manifest["earlier"]["resumed_at_step"] == 4
-    assert "resumed_at_step" not in manifest["earlier"]["earlier"]
+    assert [at.get("resumed_at_step") for at in manifest["earlier"]] == [None, 4]
 
 
 def test_a_damaged_checkpoint_is_passed_over(
@@ -271,7 +270,7 @@ def test_another_model_or_tokenizer_is_refused(
 def test_an_sft_run_does_not_go_on_as_osft(start: Start, stopped_early: Path) -> None:
     config = resume_config(start, stopped_early, TP1)
     with pytest.raises(ConfigError, match="is of an `osft train` run"):
-        resume_point(config, "sft", lambda _folder: [])
+        resume_point(config, "sft", lambda _folder: [], candidates(config))
 
 
 def test_a_named_checkpoint_starts_a_run_of_its_own(
@@ -332,7 +331,7 @@ def test_a_finished_run_goes_on_if_it_is_given_more_steps(
 
 def test_a_checkpoint_behind_the_end_is_refused(start: Start, stopped_early: Path) -> None:
     config = resume_config(start, stopped_early, TP1)
-    point = resume_point(config, "train", lambda _folder: [])
+    point = resume_point(config, "train", lambda _folder: [], candidates(config))
     assert point is not None
     with pytest.raises(ConfigError, match=r"the run shall have 0 steps, but .* has seen 1"):
         check_work_left(config, 0, point)
@@ -349,7 +348,7 @@ def test_a_state_damaged_at_the_same_size_is_passed_over(
     state.write_bytes(content.ljust(state.stat().st_size))
     config = resume_config(start, out, TP1)
     with pytest.raises(CheckpointError, match=r"state\.json was changed or damaged"):
-        resume_point(config, "train", problems_by_size)
+        resume_point(config, "train", problems_by_size, candidates(config))
 
 
 def test_a_named_checkpoint_is_where_a_run_begins_not_where_it_begins_again(
@@ -374,7 +373,7 @@ def test_a_named_checkpoint_does_not_mix_with_another_run(
     named = checkpoints_in(undisturbed["tp2"] / "checkpoints")[0]
     config = resume_config(start, stopped_early, TP1, resume=str(named))
     with pytest.raises(ConfigError, match="which holds another; choose another output_dir"):
-        resume_point(config, "train", lambda _folder: [])
+        resume_point(config, "train", lambda _folder: [], candidates(config))
 
 
 def test_damaged_logs_are_told(
