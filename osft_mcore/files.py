@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -49,6 +50,25 @@ def record_of(path: Path) -> FileRecord:
 def json_bytes(value: Any) -> bytes:
     """`value` as indented JSON with a newline at its end."""
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def parse_json(content: str | bytes) -> Any:
+    """`content` as plain values. Raises ValueError for whatever is not JSON.
+
+    That is more than json.loads refuses so: NaN, numbers too large for a float, and values nested
+    so deep that it gives up.
+    """
+    try:
+        return json.loads(content, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is not a number that JSON has")
+    return value
 
 
 def replace_file(path: Path, content: bytes) -> FileRecord:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from osft_mcore.checkpoint.command import run_tool
-from osft_mcore.checkpoint.convert import mcore_to_hf
+from osft_mcore.checkpoint.convert import mcore_to_hf, shard_bytes
 from osft_mcore.checkpoint.dtypes import DTYPES
 from osft_mcore.config.schema import CheckpointConfig
 from osft_mcore.log.console import Console
@@ -47,7 +47,7 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
         args.out,
         hf_config=args.hf_config,
         dtype=DTYPES[args.dtype] if args.dtype else None,
-        max_shard_bytes=int(args.max_shard_gib * 2**30),
+        max_shard_bytes=shard_bytes(args.max_shard_gib),
         hashes=not args.no_verify,
         console=console,
     )

@@ -1,5 +1,6 @@
 """Conversions between Hugging Face folders and Megatron layouts, one tensor at a time."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from osft_mcore.checkpoint.manifest import MANIFEST
 from osft_mcore.checkpoint.model_card import model_card, read_provenance
 from osft_mcore.checkpoint.save import Part, part_name
 from osft_mcore.checkpoint.staging import fingerprint, staging, target_problems
+from osft_mcore.checkpoint.torch_dist_writer import planned
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.errors import ConfigError, OsftError
 from osft_mcore.files import json_bytes, record_of
@@ -67,13 +69,14 @@ def hf_to_mcore(
         problems += layout_problems(read_model_shape(hf), topology, vocab_multiple)
         source = HfSource(hf)
         check_tied_head(hf)
-        stored = stored_dtypes(source)
         shards: dict[int, Mapping[str, Layout]] = {}
         if not problems:
             shards = megatron_shards(
                 source.shape, topology, vocab_multiple=vocab_multiple, transformer_engine=False
             )
-        dtypes = target_dtypes(shards, stored, dtype)
+        dtypes = target_dtypes(shards, stored_dtypes(source), dtype)
+        if target == "torch_dist" and not problems:
+            _check_torch_dist(source, topology, vocab_multiple, dtype)
     except OsftError as error:
         raise joined(problems, error, option="--hf") from None
     if problems:
@@ -146,6 +149,14 @@ def mcore_to_hf(
     say_carried(found.model, contents, console)
 
 
+def shard_bytes(gib: float) -> int:
+    """What --max-shard-gib is in bytes. Raises ConfigError if it is no number above 0."""
+    size = gib * 2**30
+    if not math.isfinite(size) or size < 1:
+        raise ConfigError(f"--max-shard-gib: found {gib}, expected a number above 0")
+    return int(size)
+
+
 def joined(problems: Sequence[str], error: OsftError, *, option: str) -> OsftError:
     """`error`, with the problems that were found before it; `option` names the model folder."""
     lines = error.problems if isinstance(error, ConfigError) else str(error).splitlines()
@@ -173,6 +184,20 @@ def say_carried(folder: Path, contents: Mapping[str, bytes], console: Console) -
     console.say(f"carried along: {', '.join(sorted(contents))}")
     for name, reason in side_files(folder).left_out.items():
         console.say(f"left out: {name} ({reason})")
+
+
+def _check_torch_dist(
+    source: HfSource, topology: Topology, vocab_multiple: int, dtype: torch.dtype | None
+) -> None:
+    """Raise WeightError if that format cannot hold the model so."""
+    planned(
+        source,
+        source.shape,
+        tp=topology.tp,
+        pp=topology.pp,
+        vocab_multiple=vocab_multiple,
+        dtype=dtype,
+    )
 
 
 def _options(dtype: torch.dtype | None, *, source: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Size and SHA-256 of every file of a checkpoint: what makes it whole."""
 
 import datetime
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -11,6 +10,7 @@ from osft_mcore.files import (
     FileRecord,
     flush,
     json_bytes,
+    parse_json,
     record_of,
     replace_file,
     write_file,
@@ -46,7 +46,7 @@ def manifest_content(files: Mapping[str, FileRecord], details: Mapping[str, Any]
 def replace_member(folder: Path, name: str, content: bytes) -> None:
     """Give a file of a complete folder new content, and the manifest what is known of it now."""
     files = {**read_manifest(folder), name: replace_file(folder / name, content)}
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = parse_json((folder / MANIFEST).read_bytes())
     replace_file(folder / MANIFEST, json_bytes({**manifest, "files": _entries(files)}))
 
 
@@ -63,23 +63,30 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     if not path.is_file():
         raise WeightError(f"{folder}: no {MANIFEST}, so this is not a complete checkpoint")
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return records_of(parse_json(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise WeightError(f"{path} is damaged: {error}") from error
+
+
+def records_of(manifest: Any) -> dict[str, FileRecord]:
+    """The files that the values of a manifest name. Raises ValueError if they are no manifest."""
+    try:
         records = {
             str(name): FileRecord(int(entry["size"]), str(entry["sha256"]))
-            for name, entry in files.items()
+            for name, entry in manifest["files"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightError(f"{path} is damaged: {error!r}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it does not list files ({error!r})") from error
     for name in records:
         at = PurePosixPath(name)
         if at.is_absolute() or ".." in at.parts:
-            raise WeightError(f"{path} names {name!r}, which is outside of the checkpoint")
+            raise ValueError(f"it names {name!r}, which is outside of the checkpoint")
     return records
 
 
 def read_details(folder: Path) -> dict[str, Any]:
     """What the manifest says beside the files."""
-    value = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    value = parse_json((folder / MANIFEST).read_bytes())
     return {key: value[key] for key in value if key not in ("written", "files")}
 
 

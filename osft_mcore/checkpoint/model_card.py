@@ -185,7 +185,7 @@ def _content(run: str | Path | None, name: str) -> bytes:
 def _json(content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -29,7 +29,7 @@ from osft_mcore.checkpoint.save import Part, part_name
 from osft_mcore.checkpoint.source import CheckpointSource, read_index
 from osft_mcore.checkpoint.staging import staging, target_problems
 from osft_mcore.config.model_shape import ModelShape
-from osft_mcore.errors import ConfigError, OsftError, WeightError
+from osft_mcore.errors import ConfigError, OsftError
 from osft_mcore.files import json_bytes
 from osft_mcore.log.console import Console
 from osft_mcore.parallel.topology import Topology
@@ -114,16 +114,9 @@ def _opened(mcore: Path, *, hashes: bool) -> tuple[ModelShape, Index]:
 
 
 def _other_files(mcore: Path, index: Index) -> list[str]:
-    """What lies beside tensors and index. Raises WeightError at a link out of the checkpoint."""
+    """What lies beside tensors and index."""
     tensors = {piece.file for piece in index.pieces}
-    others = sorted(read_manifest(mcore).keys() - tensors - {INDEX})
-    links = [
-        name for name in others if not (mcore / name).resolve().is_relative_to(mcore.resolve())
-    ]
-    if links:
-        lines = (f"{mcore / name} is a link out of the checkpoint; replace it" for name in links)
-        raise WeightError("\n".join(lines))
-    return others
+    return sorted(read_manifest(mcore).keys() - tensors - {INDEX})
 
 
 def _tensors(

@@ -1,6 +1,5 @@
 """Reads rows of weights and of optimizer state from a checkpoint's files."""
 
-import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from osft_mcore.checkpoint.index import INDEX, Index, Kind, Piece, from_json
 from osft_mcore.errors import WeightError
+from osft_mcore.files import parse_json
 from osft_mcore.weights.layout import Layout, Layouts
 from osft_mcore.weights.plan import Copy
 from osft_mcore.weights.safetensors_read import FLOATS, StoredTensor, read_elements, read_header
@@ -19,7 +19,7 @@ def read_index(folder: Path) -> Index:
     """The index of a checkpoint. Raises WeightError if it is missing or damaged."""
     path = folder / INDEX
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")), path)
+        return from_json(parse_json(path.read_bytes()), path)
     except (OSError, ValueError) as error:
         raise WeightError(f"{path} cannot be read: {error}") from error
 

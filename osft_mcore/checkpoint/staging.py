@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +10,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from osft_mcore.checkpoint.manifest import MANIFEST, manifest_content
+from osft_mcore.checkpoint.manifest import MANIFEST, manifest_content, records_of
 from osft_mcore.errors import CheckpointError, ConfigError
-from osft_mcore.files import FileRecord, flush, json_bytes, record_of, rename, replace_file
+from osft_mcore.files import (
+    FileRecord,
+    flush,
+    json_bytes,
+    parse_json,
+    record_of,
+    rename,
+    replace_file,
+)
 
 RECEIPTS: Final = "manifest.partial.json"
 """What the manifest will say, so far: every file that is complete."""
@@ -84,7 +91,7 @@ def staging(target: Path, job: Mapping[str, Any]) -> Iterator[Staging]:
     folder = building(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror}") from error
     try:
@@ -104,6 +111,11 @@ def building(target: Path) -> Path:
 
 def target_problems(target: Path) -> list[str]:
     """Why `target` cannot be written, in words; empty if it can."""
+    if target.name in ("", ".."):
+        return [f"--out: {str(target)!r} has no name of its own; name a new folder"]
+    folder = building(target)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        return [f"--out: {str(folder)!r}, where it is built, is not a folder; remove it"]
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         return [f"--out: {str(target)!r} is there and is not a folder; choose another"]
     if target.is_dir() and any(target.iterdir()):
@@ -145,14 +157,13 @@ def _completed(folder: Path, job: Mapping[str, Any]) -> dict[str, FileRecord]:
             f"--out: {folder} holds an unfinished conversion of another kind (differs in "
             f"{', '.join(changed)}); remove it to start anew, or repeat the command that began it"
         )
-    records = {
-        name: FileRecord(entry["size"], entry["sha256"])
-        for name, entry in (earlier["files"] if earlier else {}).items()
-    }
+    records = records_of(earlier) if earlier else {}
     done = {
         name: record
         for name, record in records.items()
-        if (folder / name).is_file() and record_of(folder / name) == record
+        if not (folder / name).is_symlink()
+        and (folder / name).is_file()
+        and record_of(folder / name) == record
     }
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
@@ -165,7 +176,8 @@ def _completed(folder: Path, job: Mapping[str, Any]) -> dict[str, FileRecord]:
 
 def _read(receipts: Path) -> dict[str, Any]:
     try:
-        value = json.loads(receipts.read_text(encoding="utf-8"))
+        value = parse_json(receipts.read_bytes())
+        records_of(value)
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) and {JOB, "files"} <= value.keys() else {}
+    return value if isinstance(value.get(JOB), dict) else {}

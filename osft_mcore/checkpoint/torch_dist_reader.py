@@ -1,8 +1,8 @@
 """Reads rows of weights from Megatron-Core's own checkpoints, the format torch_dist."""
 
 import io
-import json
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ from osft_mcore.checkpoint.torch_dist_keys import IGNORED, Home, find_homes
 from osft_mcore.checkpoint.torch_dist_metadata import METADATA, Chunk, StoredTensor, read_metadata
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.errors import WeightError
+from osft_mcore.files import parse_json
 from osft_mcore.weights.layout import Layouts
 from osft_mcore.weights.plan import Copy
 
@@ -54,7 +55,7 @@ def torch_dist_folder(folder: Path) -> Path:
         )
     if (folder / CONFIG).is_file():
         try:
-            backend = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["sharded_backend"]
+            backend = parse_json((folder / CONFIG).read_bytes())["sharded_backend"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise WeightError(f"{folder / CONFIG} cannot be read: {error!r}") from error
         if backend != BACKEND:
@@ -174,6 +175,7 @@ def _load(folder: Path, key: str, chunk: Chunk, dtype: torch.dtype) -> Tensor:
             part: Any = _Slice(file, chunk.start, chunk.length)
             if part.read(len(_ZIP)) != _ZIP:
                 raise ValueError("it is not of the format that torch.save writes")
+            _check_sums(part, chunk.length)
             part.seek(0)
             tensor = torch.load(part, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -185,6 +187,20 @@ def _load(folder: Path, key: str, chunk: Chunk, dtype: torch.dtype) -> Tensor:
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise WeightError(f"{where} are not a plain tensor")
     return tensor
+
+
+def _check_sums(part: Any, length: int) -> None:
+    """Raise ValueError if a byte of an archive is not as it was written; torch.load looks at none.
+
+    Where torch was told to leave the sums out, all of them are zero.
+    """
+    with zipfile.ZipFile(part) as archive:
+        members = archive.infolist()
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > length:
+            raise ValueError("it is not of the format that torch.save writes")
+        if any(member.CRC for member in members) and (name := archive.testzip()):
+            raise ValueError(f"its {name} was changed or damaged: the CRC is another")
 
 
 class _Slice(io.RawIOBase):

@@ -53,20 +53,10 @@ def write_torch_dist(
     flushed. Raises WeightError if the source lacks rows, a tensor would have several dtypes, or the
     model does not divide.
     """
-    vocab_padded = padded_vocab(shape.vocab, multiple=vocab_multiple, tp=tp)
-    shards = {
-        pp_rank * tp + tp_rank: boxes_of_shard(
-            shape, tp=tp, tp_rank=tp_rank, pp=pp, pp_rank=pp_rank, vocab_padded=vocab_padded
-        )
-        for pp_rank in range(pp)
-        for tp_rank in range(tp)
-    }
-    layouts = {
-        shard: {name: box.layout for name, box in boxes.items()} for shard, boxes in shards.items()
-    }
     # Before anything is written: are all rows there?
-    make_plan(source.layouts, layouts)
-    dtypes = _dtypes(shards, target_dtypes(layouts, stored_dtypes(source), dtype))
+    shards, dtypes = planned(
+        source, shape, tp=tp, pp=pp, vocab_multiple=vocab_multiple, dtype=dtype
+    )
     results: list[WriteResult] = []
     for shard, boxes in shards.items():
         objects = state_keys(shape, transformer_engine=transformer_engine) if shard == 0 else []
@@ -78,6 +68,34 @@ def write_torch_dist(
     write_file(folder / CONFIG, [json_bytes(_CONFIG)])
     flush(folder)
     return sorted(path.name for path in folder.iterdir())
+
+
+def planned(
+    source: WeightSource,
+    shape: ModelShape,
+    *,
+    tp: int,
+    pp: int,
+    vocab_multiple: int,
+    dtype: torch.dtype | None,
+) -> tuple[dict[int, Mapping[str, Box]], dict[str, torch.dtype]]:
+    """The parameters of every shard, and the dtype of every tensor of the checkpoint, by key.
+
+    Raises WeightError as `write_torch_dist`.
+    """
+    vocab_padded = padded_vocab(shape.vocab, multiple=vocab_multiple, tp=tp)
+    shards: dict[int, Mapping[str, Box]] = {
+        pp_rank * tp + tp_rank: boxes_of_shard(
+            shape, tp=tp, tp_rank=tp_rank, pp=pp, pp_rank=pp_rank, vocab_padded=vocab_padded
+        )
+        for pp_rank in range(pp)
+        for tp_rank in range(tp)
+    }
+    layouts = {
+        shard: {name: box.layout for name, box in boxes.items()} for shard, boxes in shards.items()
+    }
+    make_plan(source.layouts, layouts)
+    return shards, _dtypes(shards, target_dtypes(layouts, stored_dtypes(source), dtype))
 
 
 _Boxes = Mapping[str, Box]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -28,6 +29,8 @@ from osft_mcore.weights.source import WeightSource
 
 NUM_SHOWN = 8
 """Problems of one kind that are printed; the rest is counted."""
+AT_ONCE: Final = 1 << 22
+"""Elements that are looked at together: what comes of them is in memory too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +129,32 @@ def _weights(folder: Path, hf_config: Path | None) -> str:
     check_rows(source, shape, str(folder))
     if format_of(folder) == "hf":
         check_tied_head(model)
-    return (
+    _check_finite(source)
+    found = (
         f"every row of the {len(hf_tensors(shape))} tensors of a {shape.model_type} model with "
         f"{shape.num_parameters / 1e6:.2f}M parameters, in {len(source.layouts)} shards"
     )
+    if format_of(folder) == "torch_dist" and not (folder / MANIFEST).is_file():
+        return f"{found}; without {MANIFEST} there is no SHA-256 to hold the files against"
+    return found
+
+
+def _check_finite(source: WeightSource) -> None:
+    """Read all there is, tensor by tensor. Raises WeightError if a value is NaN or infinite."""
+    problems = [
+        f"{param} (shard {shard}) holds values that are NaN or infinite"
+        for shard, layouts in source.layouts.items()
+        for param, layout in layouts.items()
+        if not _finite(source.rows(_copy(shard, param, layout, 0, layout.shape[layout.dim])))
+    ]
+    if problems:
+        raise WeightError("\n".join(problems))
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    flat = tensor.reshape(-1)
+    starts = range(0, len(flat), AT_ONCE)
+    return all(bool(flat[at : at + AT_ONCE].isfinite().all()) for at in starts)
 
 
 def _optimizer(folder: Path, kind: Kind, hf_config: Path | None) -> Iterator[Check]:
@@ -145,7 +170,9 @@ def _optimizer(folder: Path, kind: Kind, hf_config: Path | None) -> Iterator[Che
 
 def _rows_of_kind(folder: Path, index: Index, kind: Kind, hf_config: Path | None) -> str:
     _, shape, _ = open_source(folder, hf_config=hf_config)
-    check_rows(CheckpointSource(folder, index, kind), shape, str(folder))
+    source = CheckpointSource(folder, index, kind)
+    check_rows(source, shape, str(folder))
+    _check_finite(source)
     return "every row of every tensor"
 
 

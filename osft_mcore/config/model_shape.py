@@ -1,6 +1,5 @@
 """What a Hugging Face config.json says about a dense decoder, as one plain value."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from osft_mcore.errors import ConfigError
+from osft_mcore.files import parse_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ def read_model_shape(folder: str | Path) -> ModelShape:
             f"model.path: no config.json in {str(folder)!r}; expected a Hugging Face model folder"
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"model.path: {path} is not valid JSON ({error})") from error
     if not isinstance(raw, dict):

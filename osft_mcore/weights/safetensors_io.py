@@ -1,6 +1,5 @@
 """Reads Hugging Face safetensors folders: any slices of them, into any layout."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.errors import WeightError
+from osft_mcore.files import parse_json
 from osft_mcore.weights.fill import fill
 from osft_mcore.weights.layout import Layout, Layouts
 from osft_mcore.weights.params import EMBEDDING, OUTPUT, hf_layouts, hf_tensors
@@ -153,8 +153,8 @@ def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = parse_json(path.read_bytes())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightError(f"{path} is not a safetensors index with a weight_map") from error
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in weight_map.values()

@@ -1,6 +1,5 @@
 """What a Hugging Face folder holds beside weights: config, tokenizer, templates, licence."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Final
 import torch
 
 from osft_mcore.errors import WeightError
-from osft_mcore.files import json_bytes
+from osft_mcore.files import json_bytes, parse_json
 
 CONFIG: Final = "config.json"
 CARD: Final = "README.md"
@@ -72,9 +71,11 @@ def config_bytes(folder: str | Path, *, dtype: torch.dtype | None = None) -> byt
     path = Path(folder) / CONFIG
     content = path.read_bytes()
     try:
-        config = json.loads(content)
+        config = parse_json(content)
     except ValueError as error:
         raise WeightError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise WeightError(f"{path} is not a JSON object")
     wanted = str(dtype).removeprefix("torch.")
     said = [config[key] for key in ("dtype", "torch_dtype") if key in config]
     if dtype is None or (said and all(value == wanted for value in said)):
@@ -105,7 +106,10 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
 def _reason_to_stay(folder: Path, name: str, path: Path) -> str:
     """Why a file or subfolder is not carried; empty if it is."""
     if path.is_symlink():
-        home, end = folder.resolve(), path.resolve()
+        try:
+            home, end = folder.resolve(), path.resolve()
+        except (OSError, RuntimeError):
+            return "a link that ends nowhere"
         # A hub cache: snapshots/<revision>/<file> -> ../../blobs/<hash>.
         blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
         if not (end.is_relative_to(home) or end.is_relative_to(blobs)):

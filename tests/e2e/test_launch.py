@@ -78,8 +78,9 @@ def launched(folder: Path, *parts: str, **options: Any) -> Launched:
             for descriptor, file in ((1, files.out), (2, files.err)):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
             sys.stderr = os.fdopen(2, "w")
-            # The tests may run under nohup.
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            # The tests may run under nohup, or in the background of a shell.
+            for number in (signal.SIGHUP, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
             code = launch([], num_processes=2, program=program, **options)
         finally:
             sys.stderr.flush()

@@ -12,8 +12,8 @@ from models import save_random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from osft_mcore.checkpoint.convert import hf_to_mcore, mcore_to_hf
-from osft_mcore.checkpoint.formats import format_of
+from osft_mcore.checkpoint.convert import hf_to_mcore, mcore_to_hf, shard_bytes
+from osft_mcore.checkpoint.formats import format_of, training_state
 from osft_mcore.checkpoint.manifest import problems_of
 from osft_mcore.checkpoint.verify import verify
 from osft_mcore.config.model_shape import padded_vocab, read_model_shape
@@ -294,3 +294,31 @@ def test_a_checkpoint_must_be_of_this_model(tmp_path: Path) -> None:
     assert len(lines) == 9, "one for each tensor of the third layer"
     assert all("model.layers.2." in line and "is not a tensor of a model" in line for line in lines)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_state_may_have_infinite_numbers_but_no_abyss(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_text('{"step": 3, "best": -Infinity}')
+    assert training_state(tmp_path)["step"] == 3
+    path.write_text("[" * 200_000)
+    assert "state.json is damaged" in refused(WeightError, training_state, tmp_path)[0]
+
+
+def test_layers_of_several_dtypes_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path / "hf", "llama")
+    key = "model.layers.1.self_attn.o_proj.weight"
+    rewrite(folder, **{key: load_file(folder / SINGLE)[key].bfloat16()})
+    lines = refused(WeightError, to_mcore, folder, tmp_path / "out", target="torch_dist")
+    assert lines[-1] == "give one dtype for all parameters (--dtype)"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    to_mcore(folder, tmp_path / "out", target="torch_dist", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("gib", [float("nan"), float("inf"), 1e308, -1.0, 0.0, 1e-12])
+def test_the_size_of_a_shard_is_a_number_above_zero(gib: float) -> None:
+    (line,) = refused(ConfigError, shard_bytes, gib)
+    assert line == f"--max-shard-gib: found {gib}, expected a number above 0"
+
+
+def test_a_shard_may_have_part_of_a_gib() -> None:
+    assert shard_bytes(0.5) == 2**29

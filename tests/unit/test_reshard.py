@@ -9,7 +9,7 @@ import pytest
 import torch
 from layouts import Tensors, assert_equal, megatron_reference
 from models import save_random_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from osft_mcore.checkpoint.assemble import megatron_shards
 from osft_mcore.checkpoint.convert import mcore_to_hf
@@ -217,7 +217,29 @@ def test_a_link_out_of_the_checkpoint_is_not_followed(hf: Path, tmp_path: Path) 
     rewrite(step, json.loads((step / INDEX).read_text()))
     with pytest.raises(WeightError, match="model/notes is a link out of the checkpoint"):
         to_layout(step, tmp_path / "out", PP2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "secret"]
+    (step / "model" / "notes").unlink()
+    (step / part_name(1)).rename(tmp_path / "shard")
+    (step / part_name(1)).symlink_to(tmp_path / "shard")
+    rewrite(step, json.loads((step / INDEX).read_text()))
+    with pytest.raises(WeightError, match=f"{part_name(1)} is a link out of the checkpoint"):
+        to_layout(step, tmp_path / "out", PP2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "secret", "shard"]
+
+
+def test_moments_that_are_no_numbers_are_named(hf: Path, tmp_path: Path) -> None:
+    step = save_step(tmp_path / "run", hf, TP2)
+    path = step / part_name(1)
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.startswith("exp_avg_sq/"))
+    tensors[name].view(-1)[0] = float("inf")
+    save_file(tensors, path)
+    rewrite(step, json.loads((step / INDEX).read_text()))
+    problems = {at.name: at.problems for at in verify(step, hf_config=None, hf=None) if at.problems}
+    param = name.split("/")[2]
+    assert problems.pop("exp_avg_sq") == (
+        f"{param} (shard 0) holds values that are NaN or infinite",
+    )
+    assert set(problems) <= {"copies of exp_avg_sq"}
 
 
 def rewrite(step: Path, index: Any) -> None:

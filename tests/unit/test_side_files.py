@@ -79,11 +79,13 @@ def test_links_out_of_the_folder_are_not_followed(folder: Path, tmp_path: Path) 
     (folder / "notes.txt").symlink_to(secret)
     (folder / "again.txt").symlink_to("vocab.txt")
     (folder / "gone.txt").symlink_to("missing.txt")
+    (folder / "tokenizer.model").symlink_to("tokenizer.model")
     (folder / "additional_chat_templates" / "x.jinja").symlink_to(secret)
     found = side_files(folder)
     assert found.left_out["notes.txt"] == f"a link out of the folder, to {secret}"
     assert "additional_chat_templates/x.jinja" in found.left_out
     assert found.left_out["gone.txt"] == "not a file"
+    assert found.left_out["tokenizer.model"] == "a link that ends nowhere"
     assert read_side_files(folder)["again.txt"] == b"vocab.txt"
     assert b"password" not in b"".join(read_side_files(folder).values())
     folder = tmp_path / "other"
@@ -117,6 +119,7 @@ def test_the_config_says_the_dtype_that_is_asked_for(folder: Path) -> None:
     assert json.loads(config_bytes(folder, dtype=torch.float32)) == changed
     path.write_text('{"torch_dtype": "float32"}')
     assert config_bytes(folder, dtype=torch.float32) == path.read_bytes()
-    path.write_text("{")
-    with pytest.raises(WeightError, match="not valid JSON"):
-        config_bytes(folder, dtype=torch.float32)
+    for content in ("{", "[" * 200_000, "[]"):
+        path.write_text(content)
+        with pytest.raises(WeightError, match=r"not valid JSON|not a JSON object"):
+            config_bytes(folder, dtype=torch.float32)

@@ -235,3 +235,42 @@ def test_there_must_be_room(hf: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             to_mcore(hf, tmp_path / target, target=target)
         left = [path.name for path in (tmp_path / f"{target}.tmp").iterdir()]
         assert left == ["manifest.partial.json"]
+
+
+def test_a_link_is_no_place_to_build(hf: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("out.tmp", "out"):
+        (tmp_path / name).symlink_to(elsewhere)
+        with pytest.raises(ConfigError, match=rf"{name}'.* is not a folder"):
+            to_mcore(hf, tmp_path / "out")
+        (tmp_path / name).unlink()
+    assert list(elsewhere.iterdir()) == []
+    to_mcore(hf, tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_folder_without_a_name_cannot_be_written(hf: Path, out: str) -> None:
+    with pytest.raises(ConfigError, match="has no name of its own"):
+        to_mcore(hf, Path(out))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[" * 200_000,
+        '{"job": {}, "files": {"a": {}}}',
+        '{"job": {}, "files": {"a": {"size": Infinity, "sha256": ""}}}',
+        '{"job": {}, "files": {"../a": {"size": 1, "sha256": ""}}}',
+        '{"job": {}, "files": []}',
+        '{"job": 3, "files": {}}',
+        "[]",
+    ],
+)
+def test_damaged_receipts_are_refused(hf: Path, tmp_path: Path, content: str) -> None:
+    building = tmp_path / "out.tmp"
+    building.mkdir()
+    (building / "manifest.partial.json").write_text(content)
+    with pytest.raises(ConfigError, match="was not begun by this program; remove it"):
+        to_mcore(hf, tmp_path / "out")

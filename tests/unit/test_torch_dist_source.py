@@ -136,6 +136,27 @@ def test_only_engines_ask_for_the_states_of_all_modules(tmp_path: Path) -> None:
     assert modules == {False: linears, True: linears | norms | {f"{attention}core_attention"}}
 
 
+@pytest.mark.parametrize("sums", [True, False])
+def test_archives_without_sums_are_read(tmp_path: Path, sums: bool) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(sums)
+    try:
+        written(tmp_path / "out")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert_equal(read(tmp_path / "out"), random_checkpoint(SHAPE))
+    shard = tmp_path / "out" / "__0_0.distcp"
+    mark = random_checkpoint(SHAPE)["model.norm.weight"].numpy().tobytes()
+    content = bytearray(shard.read_bytes())
+    content[content.index(mark)] ^= 1
+    shard.write_bytes(content)
+    if sums:
+        with pytest.raises(WeightError, match="the CRC is another"):
+            read(tmp_path / "out")
+    else:
+        read(tmp_path / "out")
+
+
 def test_tensors_of_several_dtypes_need_a_choice(tmp_path: Path) -> None:
     tensors = random_checkpoint(SHAPE)
     name = "model.layers.1.mlp.down_proj.weight"

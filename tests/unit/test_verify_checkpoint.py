@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from osft_mcore.checkpoint.convert import Target, hf_to_mcore, mcore_to_hf
 from osft_mcore.checkpoint.manifest import write_manifest
 from osft_mcore.checkpoint.verify import Check, verify
-from osft_mcore.errors import ConfigError
+from osft_mcore.errors import ConfigError, WeightError
 from osft_mcore.files import record_of
 from osft_mcore.log.console import Console
 from osft_mcore.parallel.topology import Topology
@@ -209,3 +209,151 @@ def test_another_dtype_or_model_is_not_equal(copies: dict[str, Path], tmp_path: 
 def test_no_checkpoint_at_all_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         list(verify(tmp_path, hf_config=None, hf=None))
+
+
+def unlist(folder: Path, *names: str) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in names or list(manifest["files"]):
+        del manifest["files"][name]
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        ("safetensors", "index.json"),
+        ("safetensors", "rank_00001.safetensors"),
+        ("safetensors", "state.json"),
+        ("torch_dist", ".metadata"),
+        ("torch_dist", "__1_0.distcp"),
+        ("export", SINGLE),
+    ],
+)
+def test_a_file_that_the_manifest_does_not_name_is_not_vouched_for(
+    copies: dict[str, Path], which: str, name: str
+) -> None:
+    folder = copies[which]
+    if name == "state.json":
+        (folder / name).write_text('{"step": 3}')
+    else:
+        unlist(folder, name)
+    expected = f"{folder / name} is part of the checkpoint, but manifest.json does not name it"
+    assert failed(answers(folder))["manifest"] == (expected,)
+
+
+def test_a_manifest_of_nothing_vouches_for_nothing(copies: dict[str, Path]) -> None:
+    unlist(copies["safetensors"])
+    assert len(failed(answers(copies["safetensors"]))["manifest"]) == 4
+
+
+def test_a_file_that_lies_elsewhere_is_refused(copies: dict[str, Path], tmp_path: Path) -> None:
+    for name, file in (("safetensors", "rank_00000.safetensors"), ("torch_dist", "__0_0.distcp")):
+        path = copies[name] / file
+        path.rename(tmp_path / file)
+        path.symlink_to(tmp_path / file)
+        (problem,) = failed(answers(copies[name]))["manifest"]
+        assert problem == f"{path} is a link out of the checkpoint; replace it by the file"
+    path = copies["export"] / SINGLE
+    path.rename(tmp_path / SINGLE)
+    path.symlink_to(tmp_path / SINGLE)
+    assert not failed(answers(copies["export"])), "as in a hub cache"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_no_numbers_are_named(copies: dict[str, Path], value: float) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    change(copies["hf"] / SINGLE, lambda at: at[name].view(-1)[-1:].fill_(value))
+    (problem,) = failed(answers(copies["hf"]))["weights"]
+    assert problem == f"{name} (shard 0) holds values that are NaN or infinite"
+    targets: tuple[Target, ...] = ("safetensors", "torch_dist")
+    for target in targets:
+        out = copies["hf"].with_name(f"out_{target}")
+        hf_to_mcore(
+            copies["hf"],
+            out,
+            topology=Topology(tp=2, pp=1, dp=1),
+            vocab_multiple=64,
+            dtype=None,
+            target=target,
+            console=QUIET,
+        )
+        problems = failed(answers(out))
+        assert set(problems) == {"weights"}
+        (problem,) = problems["weights"]
+        assert problem.startswith("decoder.layers.1.mlp.linear_fc2.weight (shard ")
+
+
+def test_every_byte_of_a_torch_dist_checkpoint_is_read(copies: dict[str, Path]) -> None:
+    folder = copies["torch_dist"]
+    (folder / "manifest.json").unlink()
+    assert "there is no SHA-256" in answers(folder)["weights"].found
+    values = load_file(copies["hf"] / SINGLE)["model.layers.1.self_attn.o_proj.weight"]
+    # The last column: of the second shard.
+    mark = values[3, -8:].numpy().tobytes()
+    path = folder / "__1_0.distcp"
+    content = bytearray(path.read_bytes())
+    assert content.count(mark) == 1
+    content[content.index(mark)] ^= 1
+    path.write_bytes(content)
+    (problem,) = failed(answers(folder))["weights"]
+    assert "was changed or damaged: the CRC is another" in problem
+    with pytest.raises(WeightError, match="the CRC is another"):
+        mcore_to_hf(
+            folder,
+            folder.with_name("out"),
+            hf_config=None,
+            dtype=None,
+            max_shard_bytes=2**30,
+            hashes=True,
+            console=QUIET,
+        )
+    path.write_bytes(bytes(len(content)))
+    assert "weights" in failed(answers(folder))
+
+
+def test_rows_that_the_model_has_no_use_for_are_found(copies: dict[str, Path]) -> None:
+    folder = copies["safetensors"]
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config["vocab_size"] -= 3
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    sign(folder)
+    vocab = config["vocab_size"]
+    assert failed(answers(folder))["weights"] == tuple(
+        f"{folder}: {name!r} goes to {vocab + 3} along dim 0, config.json asks for {vocab}"
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    )
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize("content", [DEEP, '{"files": Infinity}', '{"a": 1e999}', "[]"])
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        ("safetensors", "manifest.json"),
+        ("safetensors", "index.json"),
+        ("safetensors", "model/config.json"),
+        ("torch_dist", "metadata.json"),
+        ("hf", "config.json"),
+        ("hf", "model.safetensors.index.json"),
+    ],
+)
+def test_damaged_json_is_a_problem_like_others(
+    copies: dict[str, Path], which: str, name: str, content: str
+) -> None:
+    (copies[which] / name).write_text(content)
+    problems = failed(answers(copies[which]))
+    assert any(str(copies[which] / name) in line for lines in problems.values() for line in lines)
+
+
+def test_sizes_beyond_measure_are_a_problem_like_others(copies: dict[str, Path]) -> None:
+    for name in ("manifest.json", "index.json"):
+        path = copies["safetensors"] / name
+        text = path.read_text()
+        key = '"size": ' if name == "manifest.json" else '"elements": [\n'
+        assert key in text
+        path.write_text(text.replace(key, f"{key}1e999, " if "elements" in key else f"{key}1e999"))
+        assert "manifest" in failed(answers(copies["safetensors"]))
+        path.write_text(text)
