@@ -16,6 +16,7 @@ Kind = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 """weight: as the model computes with it. master: the optimizer's fp32 copy, where that is another
 tensor. exp_avg, exp_avg_sq: Adam's moments."""
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+MOMENTS: Final[tuple[Kind, ...]] = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,10 @@ from typing import Final
 import torch
 
 from osft_mcore.checkpoint.dtypes import stored_dtypes
+from osft_mcore.checkpoint.folder import STATE
 from osft_mcore.checkpoint.formats import MODEL, check_manifest, check_rows, format_of, open_source
-from osft_mcore.checkpoint.index import KINDS, Index, Kind, Piece
-from osft_mcore.checkpoint.manifest import MANIFEST, read_manifest
+from osft_mcore.checkpoint.index import KINDS, MOMENTS, Index, Kind, Piece
+from osft_mcore.checkpoint.manifest import MANIFEST, read_details, read_manifest
 from osft_mcore.checkpoint.save import readable
 from osft_mcore.checkpoint.source import CheckpointSource, read_index, shape_of
 from osft_mcore.errors import ConfigError, OsftError, WeightError
@@ -68,6 +69,7 @@ def verify(folder: Path, *, hf_config: Path | None, hf: Path | None) -> Iterator
     yield answer("weights", partial(_weights, folder, hf_config))
     if found == "safetensors":
         yield answer("copies", partial(_copies, folder, "weight"))
+        yield from _training_state(folder)
         for kind in KINDS[1:]:
             yield from _optimizer(folder, kind, hf_config)
     if hf is not None:
@@ -155,6 +157,29 @@ def _finite(tensor: torch.Tensor) -> bool:
     flat = tensor.reshape(-1)
     starts = range(0, len(flat), AT_ONCE)
     return all(bool(flat[at : at + AT_ONCE].isfinite().all()) for at in starts)
+
+
+def _training_state(folder: Path) -> Iterator[Check]:
+    """A checkpoint of a step must have all that a run goes on from."""
+    try:
+        index, details = read_index(folder), read_details(folder)
+    except (OsftError, OSError, ValueError):
+        return  # Said before.
+    kinds = {piece.kind for piece in index.pieces}
+    if "step" in details or (folder / STATE).is_file() or kinds != {"weight"}:
+        yield answer("training state", partial(_all_kinds, folder, index))
+
+
+def _all_kinds(folder: Path, index: Index) -> str:
+    there = {piece.kind for piece in index.pieces}
+    source = CheckpointSource(folder, index)
+    dtypes = {source.dtype(shard, name) for shard, at in source.layouts.items() for name in at}
+    needed = [*MOMENTS, *(["master"] if dtypes != {torch.float32} else [])]
+    problems = [] if (folder / STATE).is_file() else [f"no {STATE} is there"]
+    problems += [f"no tensors of kind {kind} are there" for kind in needed if kind not in there]
+    if problems:
+        raise WeightError("\n".join(problems))
+    return f"{STATE}, {', '.join(kind for kind in KINDS if kind in there)}"
 
 
 def _optimizer(folder: Path, kind: Kind, hf_config: Path | None) -> Iterator[Check]:

@@ -12,7 +12,7 @@ from models import save_random_model
 from safetensors.torch import load_file, save_file
 
 from osft_mcore.checkpoint.convert import Target, hf_to_mcore, mcore_to_hf
-from osft_mcore.checkpoint.manifest import write_manifest
+from osft_mcore.checkpoint.manifest import read_manifest, write_manifest
 from osft_mcore.checkpoint.verify import Check, verify
 from osft_mcore.errors import ConfigError, WeightError
 from osft_mcore.files import record_of
@@ -93,6 +93,19 @@ def test_what_is_whole_is_ok(originals: dict[str, Path], name: str, questions: l
     found = answers(originals[name], hf=originals["hf"])
     assert list(found) == questions
     assert all(check.lines == [f"ok {check.name}: {check.found}"] for check in found.values())
+
+
+def test_a_step_without_its_state_is_no_checkpoint_to_go_on_from(copies: dict[str, Path]) -> None:
+    """Whoever took the moments away took them out of manifest and index as well."""
+    folder = copies["safetensors"]
+    write_manifest(folder, read_manifest(folder), {"step": 7})
+    assert failed(answers(folder)) == {
+        "training state": (
+            "no state.json is there",
+            "no tensors of kind exp_avg are there",
+            "no tensors of kind exp_avg_sq are there",
+        )
+    }
 
 
 def test_a_flipped_bit_fails_the_manifest_and_the_comparison(copies: dict[str, Path]) -> None:
