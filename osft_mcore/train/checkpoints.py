@@ -91,9 +91,8 @@ class Checkpoints:
         """Save what training has come to; on return it may go on. Collective over the world.
 
         `state` is what the tensors do not say: JSON-able, the same on every rank. `expire`: older
-        checkpoints go as checkpoint.keep_last says. A save that
-        fails is reported and counted; CheckpointError on every rank after checkpoint.max_failures
-        in a row.
+        checkpoints go as checkpoint.keep_last says. A save that fails is reported and counted;
+        CheckpointError on every rank after checkpoint.max_failures in a row.
         """
         self.settle()
         self._deadline = time.monotonic() + 60 * self._config.timeout_minutes

@@ -1,8 +1,6 @@
 """A save that fails is told on all ranks, counted, and leaves what was saved before."""
 
 import os
-import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,19 +106,6 @@ def test_a_copy_that_fails_is_told_at_once(
     assert first == second == "step 1 could not be saved; see above"
     assert "rank 1 cannot copy its state: " in capfd.readouterr().out
     assert checkpoints_in(tmp_path) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"only root may mount a small disk: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def filling_disk(rank: int, model: Path, disk: Path) -> list[str]:
