@@ -100,7 +100,8 @@ class Actor:
         self.sequence_parallel = parallel.sequence_parallel
         self._reader: tuple[threading.Event, float] | None = None
         self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
-        distributed = parallel.distributed_optimizer
+        # Alone it would share with nobody, and copy all gradients and weights each update.
+        distributed = parallel.distributed_optimizer and context.topology.dp > 1
         self.chunks = build_chunks(
             shape,
             context,

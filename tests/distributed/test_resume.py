@@ -162,9 +162,11 @@ def test_the_layout_may_change_on_the_way(
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
         for name, value in other.items():
-            # Rounding differences between engine and actor are the layout's own.
+            # Rounding differences between engine and actor are the layout's own; of gradients the
+            # norm is held as in test_layout_invariance.py.
+            relative = 1e-5 if "grad_norm" in name else 1e-6
             tolerance = 1e-4 if "logprob_diff" in name else 1e-6
-            assert mine[name] == pytest.approx(value, rel=1e-6, abs=tolerance), name
+            assert mine[name] == pytest.approx(value, rel=relative, abs=tolerance), name
     assert tokens(out) == tokens(undisturbed["tp2"])
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["resumed_at_step"] == 8
@@ -349,6 +351,23 @@ def test_a_state_damaged_at_the_same_size_is_passed_over(
     config = resume_config(start, out, TP1)
     with pytest.raises(CheckpointError, match=r"state\.json was changed or damaged"):
         resume_point(config, "train", problems_by_size, candidates(config))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"step": NaN}', b'{"step": 1}', b"[" * 100_000])
+def test_a_small_file_that_says_nothing_is_named(
+    start: Start, stopped_early: Path, tmp_path: Path, content: bytes
+) -> None:
+    """Also where its hash is right: what wrote it may have been another program."""
+    out = tmp_path / "run"
+    shutil.copytree(stopped_early, out)
+    config = resume_config(start, out, TP1)
+    (out / "checkpoints" / "step_1" / "state.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged: "):
+        resume_point(config, "train", lambda _folder: [], candidates(config))
+    if b"1}" not in content:
+        (out / "summary.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"summary\.json is damaged .*; remove it"):
+            check_work_left(config, NUM_STEPS, None)
 
 
 def test_a_named_checkpoint_is_where_a_run_begins_not_where_it_begins_again(
