@@ -27,8 +27,8 @@ def main() -> int:
     parser.add_argument(
         "--logits",
         action="store_true",
-        help="run the model with Megatron-Core and with transformers (of --hf, or of the "
-        "checkpoint converted) on random tokens; needs the whole model in memory twice",
+        help="run the model with Megatron-Core and with transformers on random tokens (the weights "
+        "of --hf, or else the checkpoint's own, converted); needs the model in memory twice",
     )
     return run_tool(parser.prog, partial(_verify, parser.parse_args()))
 

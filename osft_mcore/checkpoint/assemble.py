@@ -24,14 +24,53 @@ from osft_mcore.files import READ_BYTES, FileRecord, record_of, rename, write_fi
 from osft_mcore.log.console import Console, StepProgress
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.weights.fill import filled
-from osft_mcore.weights.layout import Layout
-from osft_mcore.weights.params import megatron_layouts
-from osft_mcore.weights.safetensors_io import HfSource
+from osft_mcore.weights.finite import all_finite
+from osft_mcore.weights.layout import Layout, Layouts
+from osft_mcore.weights.params import hf_tensors, megatron_layouts
+from osft_mcore.weights.plan import Copy
 from osft_mcore.weights.safetensors_stream import TensorSpec, write_safetensors
 from osft_mcore.weights.source import WeightSource
 
 LINES: Final = 10
 """Progress lines of one conversion where there is no terminal."""
+_FUSED_NORM: Final = "layer_norm_weight"
+"""In names of parameters of Transformer Engine's layers."""
+
+
+class Watched:
+    """A `WeightSource` that remembers which tensors are not finite, as they pass."""
+
+    def __init__(self, source: WeightSource, shape: ModelShape, target: torch.dtype | None) -> None:
+        """`target`: the dtype that values are to have, which may not hold them; None: as read."""
+        self.shape, self.target = shape, target
+        self._source = source
+        self._tensors = hf_tensors(shape)
+        self._broken: dict[str, None] = {}
+
+    @property
+    def broken(self) -> list[str]:
+        """Hugging Face tensors of which NaN or infinite values were read, each once."""
+        return list(self._broken)
+
+    @property
+    def layouts(self) -> Layouts:
+        """See `WeightSource`."""
+        return self._source.layouts
+
+    def dtype(self, shard: int, param: str) -> torch.dtype:
+        """See `WeightSource`."""
+        return self._source.dtype(shard, param)
+
+    def rows(self, copy: Copy) -> Tensor:
+        """See `WeightSource`."""
+        rows = self._source.rows(copy)
+        # At one end of a conversion are Hugging Face tensors.
+        name = copy.src_param if copy.src_param in self._tensors else copy.dst_param
+        if name not in self._broken:
+            written = rows if self.target is None else rows.to(self.target)
+            if not all_finite([written]):
+                self._broken[name] = None
+        return rows
 
 
 def layout_problems(shape: ModelShape, topology: Topology, vocab_multiple: int) -> list[str]:
@@ -79,6 +118,11 @@ def megatron_shards(
         for pp_rank in range(topology.pp)
         for tp_rank in range(topology.tp)
     }
+
+
+def has_engine_names(layouts: Layouts) -> bool:
+    """True if parameters are named as in Transformer Engine's layers; an index does not say it."""
+    return any(_FUSED_NORM in name for at in layouts.values() for name in at)
 
 
 def sizes_of(topology: Topology) -> dict[str, int]:
@@ -139,16 +183,15 @@ def write_parts(opened: Staging, parts: Sequence[Part], console: Console) -> Non
 
 def write_as_torch_dist(
     opened: Staging,
-    source: HfSource,
+    source: Watched,
     topology: Topology,
-    dtype: torch.dtype | None,
     *,
     vocab_multiple: int,
     console: Console,
 ) -> None:
     """Write the model in Megatron-Core's own format; what is not complete is begun anew.
 
-    Raises WeightError if the model does not fit.
+    `source` holds Hugging Face tensors. Raises WeightError if the model does not fit.
     """
     if METADATA in opened.done:
         return
@@ -169,7 +212,7 @@ def write_as_torch_dist(
     )
     numbers = itertools.count(1)
     num_bytes = sum(
-        math.prod(at.shape) * (dtype or source.dtype(0, name)).itemsize
+        math.prod(at.shape) * (source.target or source.dtype(0, name)).itemsize
         for name, at in source.layouts[0].items()
     )
     _check_room(opened.folder, num_bytes)
@@ -183,7 +226,7 @@ def write_as_torch_dist(
             tp=topology.tp,
             pp=topology.pp,
             vocab_multiple=vocab_multiple,
-            dtype=dtype,
+            dtype=source.target,
             transformer_engine=True,
             note=lambda _key, _bytes: progress.finished(next(numbers), {}),
         )

@@ -10,6 +10,7 @@ import torch
 
 from osft_mcore import __version__
 from osft_mcore.checkpoint.assemble import (
+    Watched,
     layout_problems,
     megatron_shards,
     shard_pieces,
@@ -45,6 +46,8 @@ Target = Literal["safetensors", "torch_dist"]
 """This package's own format, or Megatron-Core's."""
 CHECKPOINTS: Final = "checkpoints"
 """Of a run: the folder with its checkpoints."""
+NUM_NAMED: Final = 8
+"""Tensors that a warning names; the rest is counted."""
 
 
 def hf_to_mcore(
@@ -87,21 +90,21 @@ def hf_to_mcore(
         **sizes_of(topology),
         "vocab_multiple": vocab_multiple,
     }
+    watched = Watched(source, source.shape, dtype)
     with staging(out, job) as opened:
         say_found(opened.found, console)
         if target == "torch_dist":
             write_as_torch_dist(
-                opened, source, topology, dtype, vocab_multiple=vocab_multiple, console=console
+                opened, watched, topology, vocab_multiple=vocab_multiple, console=console
             )
         else:
-            write_parts(opened, _shard_parts(shards, dtypes, source), console)
-            pieces = [p for shard, at in shards.items() for p in shard_pieces(shard, "weight", at)]
-            index = Index(topology=sizes_of(topology), layouts=shards, pieces=tuple(pieces))
-            write_contents(opened, {INDEX: json_bytes(to_json(index))})
+            write_parts(opened, _shard_parts(shards, dtypes, watched), console)
+            write_contents(opened, {INDEX: json_bytes(to_json(_index(shards, topology)))})
         contents = read_side_files(hf, dtype=dtype)
         write_contents(opened, {f"{MODEL}/{name}": text for name, text in contents.items()})
         opened.publish({"converted_from": str(hf.resolve())})
     say_carried(hf, contents, console)
+    say_broken(watched.broken, opened.found, console)
 
 
 def mcore_to_hf(
@@ -136,17 +139,17 @@ def mcore_to_hf(
         "model": fingerprint(side_files(found.model).carried.values()),
         "max_shard_bytes": max_shard_bytes,
     }
+    watched = Watched(found.source, found.shape, dtype)
     with staging(out, job) as opened:
         say_found(opened.found, console)
-        write_parts(
-            opened, [_hf_part(at, targets[0], dtypes, found.source) for at in files], console
-        )
+        write_parts(opened, [_hf_part(at, targets[0], dtypes, watched) for at in files], console)
         contents = _hf_contents(found, uniform(dtypes), name=out.name)
         write_contents(opened, contents)
         if len(files) > 1:
             write_contents(opened, {HF_INDEX: json_bytes(hf_index(files))})
         opened.publish({"converted_from": str(mcore.resolve())})
     say_carried(found.model, contents, console)
+    say_broken(watched.broken, opened.found, console)
 
 
 def shard_bytes(gib: float) -> int:
@@ -186,6 +189,19 @@ def say_carried(folder: Path, contents: Mapping[str, bytes], console: Console) -
         console.say(f"left out: {name} ({reason})")
 
 
+def say_broken(tensors: Sequence[str], found: Sequence[str], console: Console) -> None:
+    """Which tensors were written with NaN or infinity; `found` as in `say_found`."""
+    if found:
+        console.say(
+            "not looked at for NaN and infinity: the files that were complete before; "
+            "tools/verify_checkpoint.py looks at them"
+        )
+    if tensors:
+        named = ", ".join(tensors[:NUM_NAMED])
+        more = f" and {len(tensors) - NUM_NAMED} more" if len(tensors) > NUM_NAMED else ""
+        console.say(f"WARNING: written with values that are NaN or infinite: {named}{more}")
+
+
 def _check_torch_dist(
     source: HfSource, topology: Topology, vocab_multiple: int, dtype: torch.dtype | None
 ) -> None:
@@ -198,6 +214,11 @@ def _check_torch_dist(
         vocab_multiple=vocab_multiple,
         dtype=dtype,
     )
+
+
+def _index(shards: Mapping[int, Mapping[str, Layout]], topology: Topology) -> Index:
+    pieces = [p for shard, at in shards.items() for p in shard_pieces(shard, "weight", at)]
+    return Index(topology=sizes_of(topology), layouts=shards, pieces=tuple(pieces))
 
 
 def _options(dtype: torch.dtype | None, *, source: str) -> dict[str, Any]:
@@ -245,6 +266,6 @@ def _hf_contents(found: Opened, dtype: torch.dtype | None, *, name: str) -> dict
     if state:
         root = found.folder.resolve().parent
         run = root.parent if root.name == CHECKPOINTS else None
-        provenance = read_provenance(run, step=int(state["step"]))
+        provenance = read_provenance(run, step=int(state["step"]), checkpoint=found.folder)
         contents[CARD] = model_card(provenance, name=name).encode()
     return contents

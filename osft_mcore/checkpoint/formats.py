@@ -53,16 +53,23 @@ def format_of(folder: Path) -> Format:
     raise ConfigError(f"{folder} holds no checkpoint: {_advice(folder)}")
 
 
+def config_folder(folder: Path, *, hf_config: Path | None, hf: Path | None) -> Path | None:
+    """`hf_config`; without it `hf`, the folder to compare with, if the checkpoint has no model/."""
+    if hf_config is None and not (folder / MODEL / CONFIG).is_file():
+        return hf
+    return hf_config
+
+
 def open_source(folder: Path, *, hf_config: Path | None) -> tuple[WeightSource, ModelShape, Path]:
     """The weights, the model's shape, and the folder with its config.json and side files.
 
     `hf_config` is that folder, where it is not model/ in the checkpoint. Rows are not counted.
-    Raises ConfigError or WeightError with all that is wrong.
+    Raises ConfigError or WeightError with all that is wrong; a quantised model is.
     """
     found = format_of(folder)
     if found == "hf":
-        source = HfSource(folder)
-        return source, source.shape, folder
+        shape = read_model_shape(folder)
+        return HfSource(folder), shape, folder
     model = hf_config or folder / MODEL
     if not (model / CONFIG).is_file():
         raise ConfigError(
@@ -77,8 +84,8 @@ def open_source(folder: Path, *, hf_config: Path | None) -> tuple[WeightSource, 
 def open_checkpoint(folder: Path, *, hf_config: Path | None, hashes: bool) -> Opened:
     """Open a checkpoint in a Megatron layout and see that it has every row of the model.
 
-    `hf_config` as in `open_source`. `hashes`: read every file to
-    compare it with the manifest. Raises ConfigError or WeightError with all that is wrong.
+    `hf_config` as in `open_source`. `hashes`: read every file to compare it with the manifest.
+    Raises ConfigError or WeightError with all that is wrong.
     """
     found = format_of(folder)
     if found == "hf":

@@ -8,10 +8,10 @@ import transformers
 from torch import Tensor
 
 from osft_mcore.checkpoint.convert import mcore_to_hf
-from osft_mcore.checkpoint.formats import format_of, open_source
-from osft_mcore.config.model_shape import ModelShape
+from osft_mcore.checkpoint.formats import config_folder, format_of, open_source
+from osft_mcore.config.model_shape import ModelShape, read_model_shape
 from osft_mcore.config.schema import CheckpointConfig, ModelConfig
-from osft_mcore.errors import AgreementError
+from osft_mcore.errors import AgreementError, WeightError
 from osft_mcore.log.console import Console
 from osft_mcore.model.build import build_chunks, output_weight
 from osft_mcore.parallel.cpu import megatron_device
@@ -29,34 +29,36 @@ TOLERANCE = 1e-4
 def compare_logits(folder: Path, *, hf_config: Path | None, hf: Path | None) -> str:
     """Say how far apart the two are on a few random sequences, both in fp32 on the CPU.
 
-    transformers reads `hf`, or else the checkpoint converted into a temporary folder. Raises
-    AgreementError if a logit differs by more than TOLERANCE.
+    transformers reads `hf`; without it `folder`, or what it converts to: then both have the same
+    weights, and agree on mistaken ones. Raises AgreementError if a logit differs by more than
+    TOLERANCE, WeightError if `hf` has another vocabulary.
     """
+    hf_config = config_folder(folder, hf_config=hf_config, hf=hf)
     source, shape, model = open_source(folder, hf_config=hf_config)
+    if hf is not None and (vocab := read_model_shape(hf).vocab) != shape.vocab:
+        raise WeightError(f"--hf: {hf} has a vocabulary of {vocab}, {folder} one of {shape.vocab}")
     generator = torch.Generator().manual_seed(1)
     size = (NUM_SEQUENCES, min(NUM_TOKENS, shape.max_position))
     tokens_BS = torch.randint(0, shape.vocab, size, generator=generator)
     ours_BSV = megatron_logits(source, shape, tokens_BS)
-    with tempfile.TemporaryDirectory() as temporary:
-        reference = folder if format_of(folder) == "hf" else hf
-        if reference is None:
-            reference = Path(temporary) / "hf"
-            mcore_to_hf(
-                folder,
-                reference,
-                hf_config=model,
-                dtype=None,
-                max_shard_bytes=CheckpointConfig().max_shard_bytes,
-                hashes=False,
-                console=Console(enabled=False),
-            )
-        theirs_BSV = transformers_logits(reference, tokens_BS)
+    if hf is not None:
+        against, advice = str(hf), ""
+        theirs_BSV = transformers_logits(hf, tokens_BS)
+    elif format_of(folder) == "hf":
+        against, advice = "this folder's own weights", "; --hf compares with another"
+        theirs_BSV = transformers_logits(folder, tokens_BS)
+    else:
+        against, advice = "this checkpoint's own weights", "; --hf compares with the original"
+        theirs_BSV = _converted_logits(folder, model, tokens_BS)
     largest = float((ours_BSV - theirs_BSV).abs().max())
-    found = f"largest difference {largest:.3g} over {ours_BSV.numel()} logits"
+    found = (
+        f"largest difference {largest:.3g} over {ours_BSV.numel()} logits against transformers on "
+        f"{against}"
+    )
     # Not `>`: NaN is no agreement.
     if not largest <= TOLERANCE:
         raise AgreementError(f"{found}, at most {TOLERANCE:g} is rounding")
-    return found
+    return found + advice
 
 
 @torch.no_grad()
@@ -93,3 +95,18 @@ def transformers_logits(folder: Path, tokens_BS: Tensor) -> Tensor:
     )
     logits_BSV: Tensor = model(tokens_BS).logits
     return logits_BSV
+
+
+def _converted_logits(folder: Path, model: Path, tokens_BS: Tensor) -> Tensor:
+    with tempfile.TemporaryDirectory() as temporary:
+        converted = Path(temporary) / "hf"
+        mcore_to_hf(
+            folder,
+            converted,
+            hf_config=model,
+            dtype=None,
+            max_shard_bytes=CheckpointConfig().max_shard_bytes,
+            hashes=False,
+            console=Console(enabled=False),
+        )
+        return transformers_logits(converted, tokens_BS)

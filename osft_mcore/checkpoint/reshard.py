@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from osft_mcore import __version__
 from osft_mcore.checkpoint.assemble import (
     copy_files,
+    has_engine_names,
     layout_problems,
     megatron_shards,
     shard_pieces,
@@ -34,9 +34,6 @@ from osft_mcore.files import json_bytes
 from osft_mcore.log.console import Console
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.weights.layout import Layout
-
-_FUSED_NORM: Final = "layer_norm_weight"
-"""In names of parameters of Transformer Engine's layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +68,7 @@ def reshard(
         problems += layout_problems(shape, topology, vocab_multiple)
         shards: dict[int, Mapping[str, Layout]] = {}
         if not problems:
-            engine = any(_FUSED_NORM in name for at in index.layouts.values() for name in at)
+            engine = has_engine_names(index.layouts)
             shards = megatron_shards(
                 shape, topology, vocab_multiple=vocab_multiple, transformer_engine=engine
             )

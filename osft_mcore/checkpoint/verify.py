@@ -12,8 +12,15 @@ import torch
 
 from osft_mcore.checkpoint.dtypes import stored_dtypes
 from osft_mcore.checkpoint.folder import STATE
-from osft_mcore.checkpoint.formats import MODEL, check_manifest, check_rows, format_of, open_source
+from osft_mcore.checkpoint.formats import (
+    check_manifest,
+    check_rows,
+    config_folder,
+    format_of,
+    open_source,
+)
 from osft_mcore.checkpoint.index import KINDS, MOMENTS, Index, Kind, Piece
+from osft_mcore.checkpoint.layout_check import check_layout
 from osft_mcore.checkpoint.manifest import MANIFEST, read_details, read_manifest
 from osft_mcore.checkpoint.save import readable
 from osft_mcore.checkpoint.source import CheckpointSource, read_index, shape_of
@@ -25,7 +32,6 @@ from osft_mcore.weights.plan import Copy
 from osft_mcore.weights.safetensors_io import HfSource, check_tied_head
 from osft_mcore.weights.safetensors_read import FLOATS, StoredTensor, read_header
 from osft_mcore.weights.safetensors_stream import bytes_of
-from osft_mcore.weights.side_files import CONFIG
 from osft_mcore.weights.source import WeightSource
 
 NUM_SHOWN = 8
@@ -60,12 +66,12 @@ def verify(folder: Path, *, hf_config: Path | None, hf: Path | None) -> Iterator
     tensor with this folder's, bit by bit. Raises ConfigError if `folder` holds no checkpoint.
     """
     found = format_of(folder)
-    if hf_config is None and not (folder / MODEL / CONFIG).is_file():
-        hf_config = hf
+    hf_config = config_folder(folder, hf_config=hf_config, hf=hf)
     if found == "safetensors" or (folder / MANIFEST).is_file():
         yield answer("manifest", partial(_manifest, folder))
     if found == "safetensors":
         yield answer("files", lambda: _files(folder, read_index(folder)))
+        yield answer("layout", partial(_layout, folder, hf_config))
     yield answer("weights", partial(_weights, folder, hf_config))
     if found == "safetensors":
         yield answer("copies", partial(_copies, folder, "weight"))
@@ -126,12 +132,17 @@ def _misfit(stored: StoredTensor | None, piece: Piece, index: Index) -> str:
     return ""
 
 
+def _layout(folder: Path, hf_config: Path | None) -> str:
+    _, shape, _ = open_source(folder, hf_config=hf_config)
+    return check_layout(read_index(folder), shape)
+
+
 def _weights(folder: Path, hf_config: Path | None) -> str:
     source, shape, model = open_source(folder, hf_config=hf_config)
     check_rows(source, shape, str(folder))
     if format_of(folder) == "hf":
         check_tied_head(model)
-    _check_finite(source)
+    _check_values(source)
     found = (
         f"every row of the {len(hf_tensors(shape))} tensors of a {shape.model_type} model with "
         f"{shape.num_parameters / 1e6:.2f}M parameters, in {len(source.layouts)} shards"
@@ -141,22 +152,33 @@ def _weights(folder: Path, hf_config: Path | None) -> str:
     return found
 
 
-def _check_finite(source: WeightSource) -> None:
-    """Read all there is, tensor by tensor. Raises WeightError if a value is NaN or infinite."""
+def _check_values(source: WeightSource, *, signed: bool = True) -> None:
+    """Read all there is, tensor by tensor.
+
+    Raises WeightError if a value is NaN or infinite, or below 0 and not `signed`.
+    """
     problems = [
-        f"{param} (shard {shard}) holds values that are NaN or infinite"
+        f"{param} (shard {shard}) holds values that are {fault}"
         for shard, layouts in source.layouts.items()
         for param, layout in layouts.items()
-        if not _finite(source.rows(_copy(shard, param, layout, 0, layout.shape[layout.dim])))
+        if (
+            fault := _fault(
+                source.rows(_copy(shard, param, layout, 0, layout.shape[layout.dim])), signed=signed
+            )
+        )
     ]
     if problems:
         raise WeightError("\n".join(problems))
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def _fault(tensor: torch.Tensor, *, signed: bool) -> str:
     flat = tensor.reshape(-1)
-    starts = range(0, len(flat), AT_ONCE)
-    return all(bool(flat[at : at + AT_ONCE].isfinite().all()) for at in starts)
+    for part in (flat[at : at + AT_ONCE] for at in range(0, len(flat), AT_ONCE)):
+        if not part.isfinite().all():
+            return "NaN or infinite"
+        if not signed and (part < 0).any():
+            return "below 0, which no mean of squares is"
+    return ""
 
 
 def _training_state(folder: Path) -> Iterator[Check]:
@@ -197,7 +219,7 @@ def _rows_of_kind(folder: Path, index: Index, kind: Kind, hf_config: Path | None
     _, shape, _ = open_source(folder, hf_config=hf_config)
     source = CheckpointSource(folder, index, kind)
     check_rows(source, shape, str(folder))
-    _check_finite(source)
+    _check_values(source, signed=kind != "exp_avg_sq")
     return "every row of every tensor"
 
 

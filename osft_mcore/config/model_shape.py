@@ -240,6 +240,12 @@ def _unsupported(raw: dict[str, Any], rope: dict[str, Any], family: Family) -> l
     if raw.get("mlp_bias"):
         problems.append("mlp_bias true is not supported")
     problems += _window_that_cuts(raw, family)
+    if (quantised := raw.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        problems.append(
+            f"quantization_config ({method}) is not supported: name the folder of the model before "
+            "it was quantised"
+        )
     if raw.get("partial_rotary_factor") not in (None, 1):
         problems.append("partial_rotary_factor other than 1 is not supported")
     return problems

@@ -133,23 +133,41 @@ def test_logits_are_those_of_transformers(tmp_path: Path, call: Callable[..., in
     tensors = load_file(changed / SINGLE)
     tensors["model.norm.weight"][3] += 0.5
     save_file(tensors, changed / SINGLE, metadata={"format": "pt"})
-    # In a process of its own, because it makes a world; twice, because it takes it down again.
+    other = save_random_model(tmp_path / "other", "qwen3", tied=True, vocab=130, layers=4)
+    bare = tmp_path / "bare"
+    to_bare = ["--hf", hf, "--out", bare, "--format", "torch_dist"]
+    assert call(convert_hf_to_mcore, *to_bare) == 0
+    shutil.rmtree(bare / "model")
+    (bare / "manifest.json").unlink()
+    # In a process of its own, because it makes a world; again, because it takes it down again.
     code = (
         "import sys; sys.path.insert(0, 'tools'); import verify_checkpoint as tool\n"
         f"sys.argv = ['tool', {str(mcore)!r}, '--logits']\n"
         "print('code', tool.main())\n"
-        f"sys.argv += ['--hf', {str(changed)!r}]\n"
+        f"for hf in {[str(changed), str(other)]}:\n"
+        "    sys.argv[3:] = ['--hf', hf]\n"
+        "    print('code', tool.main())\n"
+        f"sys.argv[1:] = [{str(hf)!r}, '--logits', '--hf', {str(changed)!r}]\n"
+        "print('code', tool.main())\n"
+        f"sys.argv[1:] = [{str(bare)!r}, '--logits', '--hf', {str(hf)!r}]\n"
         "print('code', tool.main())\n"
     )
     finished = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    good, bad, _ = re.split(r"^code (?:0|4)\n", finished.stdout, flags=re.M)
-    assert finished.stdout.index("code 0") < finished.stdout.index("code 4")
-    assert re.search(r"^ok logits: largest difference \d", good, re.M)
+    good, bad, foreign, original, borrowed, _ = re.split(
+        r"^code [04]\n", finished.stdout, flags=re.M
+    )
+    assert re.findall(r"^code (\d)$", finished.stdout, re.M) == ["0", "4", "4", "4", "0"]
+    own = "against transformers on this checkpoint's own weights; --hf compares with the original"
+    assert re.search(rf"^ok logits: largest difference \d.* {own}$", good, re.M)
     assert "FAILED" not in good
+    against = re.escape(f"against transformers on {changed}, at most 0.0001 is rounding")
+    for output in (bad, original):
+        assert re.search(rf"^FAILED logits: largest difference \d.* {against}$", output, re.M)
+    assert f"FAILED logits: --hf: {other} has a vocabulary of 130, {mcore} one of 129" in foreign
+    assert re.search(rf"^ok logits: .* transformers on {re.escape(str(hf))}$", borrowed, re.M)
     assert re.search(r"^FAILED equal to .*: model.norm.weight differs", bad, re.M)
-    assert re.search(r"^FAILED logits: largest difference \d", bad, re.M)
     assert bad.count("FAILED") == 2
 
 

@@ -49,8 +49,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def to_mcore(hf: Path, out: Path, *, tp: int = 1, pp: int = 1, **changes: Any) -> Path:
     options: dict[str, Any] = {"vocab_multiple": 64, "dtype": None, "target": "safetensors"}
+    options["console"] = QUIET
     topology = Topology(tp=tp, pp=pp, dp=1, vpp=changes.pop("vpp", 1))
-    hf_to_mcore(hf, out, topology=topology, console=QUIET, **options | changes)
+    hf_to_mcore(hf, out, topology=topology, **options | changes)
     return out
 
 
@@ -60,8 +61,9 @@ def to_hf(mcore: Path, out: Path, **changes: Any) -> Path:
         "dtype": None,
         "max_shard_bytes": 2**30,
         "hashes": True,
+        "console": QUIET,
     }
-    mcore_to_hf(mcore, out, console=QUIET, **options | changes)
+    mcore_to_hf(mcore, out, **options | changes)
     return out
 
 
@@ -218,6 +220,24 @@ def test_a_folder_that_is_not_the_model_is_refused(
     (line,) = refused(WeightError, to_mcore, folder, tmp_path / "out")
     assert message in line
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_config_json_calls_quantised_is_refused(tmp_path: Path) -> None:
+    """Even with plain weights: who reads the result would take them for quantised."""
+    folder = save_random_model(tmp_path / "hf", "llama")
+    mcore = to_mcore(folder, tmp_path / "mcore")
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(quantised))
+    message = f": {folder / 'config.json'}: quantization_config (fp8) is not supported"
+    for target in ("safetensors", "torch_dist"):
+        (line,) = refused(ConfigError, to_mcore, folder, tmp_path / "out", target=target)
+        assert line.startswith(f"--hf{message}")
+    (line,) = refused(ConfigError, to_hf, mcore, tmp_path / "out", hf_config=folder)
+    assert line.startswith(f"--hf-config{message}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    to_mcore(folder, tmp_path / "out")
 
 
 def test_an_output_layer_that_is_tied_must_be_the_embedding(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_every_family_reads_the_same_sizes(model_type: str) -> None:
     [
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ("llama", {"mlp_bias": True}, "mlp_bias true is not supported"),
+        ("qwen2", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config .fp8. is"),
         ("llama", {"attention_bias": True}, "attention_bias true is not supported"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window true is not supported"),
         ("mistral", {"sliding_window": 128}, "sliding_window 128 is shorter than"),

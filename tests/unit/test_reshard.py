@@ -42,6 +42,7 @@ def kinds_of(shape: ModelShape) -> dict[Kind, Tensors]:
     found: dict[Kind, Tensors] = {"weight": random_tensors(shape, 0, torch.bfloat16)}
     for seed, kind in enumerate(OPTIMIZER, 1):
         found[kind] = random_tensors(shape, seed, torch.float32)
+    found["exp_avg_sq"] = {name: at.square() for name, at in found["exp_avg_sq"].items()}
     return found
 
 
@@ -226,20 +227,29 @@ def test_a_link_out_of_the_checkpoint_is_not_followed(hf: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "secret", "shard"]
 
 
-def test_moments_that_are_no_numbers_are_named(hf: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "value", "fault"),
+    [
+        ("exp_avg_sq", float("inf"), "NaN or infinite"),
+        ("exp_avg_sq", -1e-30, "below 0, which no mean of squares is"),
+        ("exp_avg_sq", -0.0, ""),
+        ("exp_avg", -1e-30, ""),
+    ],
+)
+def test_moments_that_cannot_be_are_named(
+    hf: Path, tmp_path: Path, kind: str, value: float, fault: str
+) -> None:
     step = save_step(tmp_path / "run", hf, TP2)
     path = step / part_name(1)
     tensors = load_file(path)
-    name = next(name for name in tensors if name.startswith("exp_avg_sq/"))
-    tensors[name].view(-1)[0] = float("inf")
+    name = next(name for name in tensors if name.startswith(f"{kind}/"))
+    tensors[name].view(-1)[-1] = value
     save_file(tensors, path)
     rewrite(step, json.loads((step / INDEX).read_text()))
     problems = {at.name: at.problems for at in verify(step, hf_config=None, hf=None) if at.problems}
-    param = name.split("/")[2]
-    assert problems.pop("exp_avg_sq") == (
-        f"{param} (shard 0) holds values that are NaN or infinite",
-    )
-    assert set(problems) <= {"copies of exp_avg_sq"}
+    lines = (f"{name.split('/')[2]} (shard 0) holds values that are {fault}",) if fault else ()
+    assert problems.pop(kind, ()) == lines
+    assert set(problems) <= {f"copies of {kind}"}
 
 
 def rewrite(step: Path, index: Any) -> None:

@@ -86,7 +86,7 @@ def sign(folder: Path) -> None:
         ("hf", ["weights", "equal"]),
         ("export", ["manifest", "weights", "equal"]),
         ("torch_dist", ["manifest", "weights", "equal"]),
-        ("safetensors", ["manifest", "files", "weights", "copies", "equal"]),
+        ("safetensors", ["manifest", "files", "layout", "weights", "copies", "equal"]),
     ],
 )
 def test_what_is_whole_is_ok(originals: dict[str, Path], name: str, questions: list[str]) -> None:
@@ -181,7 +181,7 @@ def test_rows_that_nothing_holds_are_named(copies: dict[str, Path]) -> None:
     assert "of which the index knows nothing" in problems["files"][0]
     (folder / "index.json").write_text("{")
     problems = failed(answers(folder))
-    assert set(problems) == {"manifest", "files", "weights", "copies"}
+    assert set(problems) == {"manifest", "files", "layout", "weights", "copies"}
 
 
 def test_folders_of_others_are_looked_through_too(copies: dict[str, Path]) -> None:
@@ -206,6 +206,16 @@ def test_a_tied_output_layer_must_be_the_embedding(tmp_path: Path) -> None:
     change(hf / SINGLE, lambda at: at.update({"lm_head.weight": torch.zeros(67, 64)}))
     (problem,) = failed(answers(hf))["weights"]
     assert "differs from model.embed_tokens.weight" in problem
+
+
+def test_a_config_that_says_quantised_speaks_of_other_weights(copies: dict[str, Path]) -> None:
+    path = copies["hf"] / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": None}))
+    assert not failed(answers(copies["hf"]))
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    (problem,) = failed(answers(copies["hf"]))["weights"]
+    assert f"{path} has a quantization_config (fp8)" in problem
 
 
 def test_another_dtype_or_model_is_not_equal(copies: dict[str, Path], tmp_path: Path) -> None:
