@@ -10,7 +10,16 @@ from typing import Any, Final
 
 import yaml
 
-_TAGS: Final = ("osft-mcore", "online-sft", "megatron-core")
+from osft_mcore.checkpoint.folder import STATE
+from osft_mcore.checkpoint.manifest import MANIFEST
+
+_TAGS: Final = ("osft-mcore", "megatron-core")
+_METHODS: Final = {
+    "train": "online supervised fine-tuning (OSFT, arXiv 2510.18814): the model is trained on its "
+    "own answers, sampled at a low temperature, without a reward",
+    "sft": "supervised fine-tuning on given answers",
+}
+"""By the command of the run."""
 _HUB_FOLDER: Final = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _PLANNED: Final = (
     ("seed", "seed"),
@@ -21,19 +30,31 @@ _PLANNED: Final = (
     ("dtype", "model.dtype"),
 )
 """Options that the card shows, by the words it uses for them."""
+_OF_SAMPLING: Final = ("rollout.tau_sample",)
+"""`osft sft` does not use them."""
+_UNKNOWN: Final = "not recorded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What a run folder says about a model; what it does not say is empty."""
+    """What run folder and checkpoint say about a model; what they do not say is empty."""
 
     step: int
     num_steps: int | None
     """Of the whole run."""
+    phase: str
+    """`train` or `sft`."""
     options: Mapping[str, Any]
-    """config.yaml."""
+    """config.yaml, or what the checkpoint keeps of it."""
+    options_from: str
+    """Where `options` are from, if not from config.yaml."""
     config_sha256: str
+    data_sha256: Mapping[str, str]
+    """By file."""
+    resharded_from: str
+    """The checkpoint that had another layout."""
     manifest: Mapping[str, Any]
+    """The run's."""
     summary: Mapping[str, Any]
     metrics: Mapping[str, Any]
     """Of `step`."""
@@ -41,20 +62,29 @@ class Provenance:
     """In the order in which they were made."""
 
 
-def read_provenance(run: str | Path | None, *, step: int) -> Provenance:
+def read_provenance(
+    run: str | Path | None, *, step: int, checkpoint: str | Path | None = None
+) -> Provenance:
     """What the run folder says about the model after `step`; None: the run is not known.
 
-    Pieces that are absent or damaged are left empty.
+    `checkpoint` tells options and training data where the run folder does not. Pieces that are
+    absent or damaged are left empty.
     """
     config = _content(run, "config.yaml")
-    summary = _json(_content(run, "summary.json"))
+    manifest, summary = (_json(_content(run, name)) for name in ("manifest.json", "summary.json"))
     rows = [row for row in _lines(_content(run, "metrics.jsonl")) if row.get("step") == step]
+    state = _json(_content(checkpoint, STATE))
+    options, kept = _options(config), _section(state, "options")
     return Provenance(
         step=step,
         num_steps=summary.get("steps"),
-        options=_options(config),
+        phase=str(manifest.get("phase") or state.get("phase") or ""),
+        options=options or kept,
+        options_from=f"the checkpoint's {STATE}" if kept and not options else "",
         config_sha256=hashlib.sha256(config).hexdigest() if config else "",
-        manifest=_json(_content(run, "manifest.json")),
+        data_sha256=_section(manifest, "data_sha256") or _data_of(state),
+        resharded_from=str(_json(_content(checkpoint, MANIFEST)).get("resharded_from", "")),
+        manifest=manifest,
         summary=summary,
         metrics=rows[-1] if rows else {},
         evaluations=_lines(_content(run, "evaluations.jsonl")),
@@ -64,20 +94,15 @@ def read_provenance(run: str | Path | None, *, step: int) -> Provenance:
 def model_card(provenance: Provenance, *, name: str) -> str:
     """The text of README.md, with the front matter that the Hugging Face hub reads."""
     at = provenance
-    base = str(_option(at.options, "model.path") or "")
+    base = "" if _is_random(at) else hub_id(str(_option(at.options, "model.path") or ""))
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **({"base_model": hub_id(base)} if hub_id(base) else {}),
-        "tags": list(_TAGS),
+        **({"base_model": base} if base else {}),
+        "tags": [*_TAGS, *(["online-sft"] if at.phase == "train" else [])],
     }
-    supervised = "sft" in at.manifest.get("command", ())[1:2]
-    method = (
-        "supervised fine-tuning on given answers"
-        if supervised
-        else "online supervised fine-tuning (OSFT, arXiv 2510.18814): the model is trained on its "
-        "own answers, sampled at a low temperature, without a reward"
-    )
+    method = _METHODS.get(at.phase)
+    whose = "model that the configuration is of" if _is_random(at) else "base model"
     return "\n".join(
         [
             "---",
@@ -86,17 +111,17 @@ def model_card(provenance: Provenance, *, name: str) -> str:
             "",
             f"# {name}",
             "",
-            f"Trained with osft-mcore by {method}.",
+            f"Trained with osft-mcore by {method}." if method else "Trained with osft-mcore.",
             "",
             "## Provenance",
             "",
-            *_table(("what", "value"), _provenance_rows(at, base)),
+            *_table(("what", "value"), _provenance_rows(at)),
             "",
             "## Evaluation",
             "",
             *_evaluation(at),
             "",
-            "Card and licence of the base model, where it has them, are in the files whose names "
+            f"Card and licence of the {whose}, where it has them, are in the files whose names "
             "start with `BASE_MODEL_`.",
             "",
         ]
@@ -109,25 +134,41 @@ def hub_id(path: str) -> str:
     return f"{match[1]}/{match[2]}" if match else ""
 
 
-def _provenance_rows(at: Provenance, base: str) -> Iterator[tuple[str, str]]:
-    unknown = "not recorded"
-    yield "base model", f"`{base}`" if base else unknown
+def _is_random(at: Provenance) -> bool:
+    """True if the run took of model.path only what the model looks like."""
+    return bool(_option(at.options, "model.init") == "random")
+
+
+def _start(at: Provenance) -> str:
+    """What step 0 is called."""
+    return "random weights" if _is_random(at) else "base model"
+
+
+def _provenance_rows(at: Provenance) -> Iterator[tuple[str, str]]:
+    path = str(_option(at.options, "model.path") or "")
+    base = f"`{path}`" if path else _UNKNOWN
+    yield "base model", f"random weights, configuration of {base}" if _is_random(at) else base
     of = f" of {at.num_steps}" if at.num_steps else ""
     yield "step", f"{at.step}{of}"
-    yield "SHA-256 of config.yaml", f"`{at.config_sha256}`" if at.config_sha256 else unknown
-    hashes = at.manifest.get("data_sha256") or {}
-    for file, sha256 in hashes.items():
+    if at.resharded_from:
+        yield "resharded from", f"`{at.resharded_from}`"
+    if at.options_from:
+        yield "options", f"from {at.options_from}"
+    yield "SHA-256 of config.yaml", f"`{at.config_sha256}`" if at.config_sha256 else _UNKNOWN
+    for file, sha256 in at.data_sha256.items():
         yield f"SHA-256 of `{file}`", f"`{sha256}`"
-    if not hashes:
-        yield "SHA-256 of the data", unknown
-    yield "source commit", f"`{at.manifest.get('git_commit') or unknown}`"
+    if not at.data_sha256:
+        yield "SHA-256 of the data", _UNKNOWN
+    yield "source commit", f"`{at.manifest.get('git_commit') or _UNKNOWN}`"
     for words, option in _PLANNED:
+        if at.phase == "sft" and option in _OF_SAMPLING:
+            continue
         value = _option(at.options, option)
-        yield words, unknown if value is None else str(value)
+        yield words, _UNKNOWN if value is None else str(value)
     if "loss/nll" in at.metrics:
         yield "negative log-likelihood of the last batch", f"{at.metrics['loss/nll']:.4g}"
-    packages = at.manifest.get("packages") or {}
-    yield "packages", ", ".join(f"{name} {v}" for name, v in packages.items()) or unknown
+    packages = _section(at.manifest, "packages")
+    yield "packages", ", ".join(f"{name} {v}" for name, v in packages.items()) or _UNKNOWN
 
 
 def _evaluation(at: Provenance) -> Iterator[str]:
@@ -140,19 +181,19 @@ def _evaluation(at: Provenance) -> Iterator[str]:
         return
     scores = list(dict.fromkeys(key for row in shown for key in row if "/pass@" in key))
     header = ("step", "temperature", *(key.removeprefix("eval/") for key in scores))
-    yield from _table(header, (_scores(row, scores) for row in shown))
+    yield from _table(header, (_scores(row, scores, start=_start(at)) for row in shown))
     interval = at.summary.get("gain_ci95")
     if interval and at.num_steps == at.step:
         yield ""
         yield (
-            f"Gain in pass@1 over the base model at the same temperature: "
+            f"Gain in pass@1 over the {_start(at)} at the same temperature: "
             f"{100 * at.summary['gain']:+.1f} points, 95% interval {100 * interval[0]:+.1f} to "
             f"{100 * interval[1]:+.1f} (paired bootstrap over problems)."
         )
 
 
-def _scores(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    step = "0 (base model)" if row["step"] == 0 else str(row["step"])
+def _scores(row: Mapping[str, Any], keys: Sequence[str], *, start: str) -> list[str]:
+    step = f"0 ({start})" if row["step"] == 0 else str(row["step"])
     values = [f"{100 * row[key]:.1f}%" if key in row else "not evaluated" for key in keys]
     return [step, f"{row.get('eval/temperature', 0.0):g}", *values]
 
@@ -167,6 +208,19 @@ def _option(options: Mapping[str, Any], dotted: str) -> Any:
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _data_of(state: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint says of the training data, under the name that the options have for it."""
+    file = _option(_section(state, "options"), "data.train")
+    sha256 = _section(state, "identity").get("data.train")
+    return {str(file): str(sha256)} if file and sha256 else {}
+
+
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The mapping that `name` holds; empty if it holds none."""
+    value = values.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _options(content: bytes) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Writes a checkpoint: every rank its file, rank 0 the rest once all have written theirs."""
 
-import json
 import os
 import shutil
 import time
@@ -15,7 +14,7 @@ from torch import Tensor
 from osft_mcore.checkpoint.folder import checkpoints_in, delete, expired, publish
 from osft_mcore.checkpoint.manifest import write_manifest
 from osft_mcore.errors import CheckpointError
-from osft_mcore.files import FileRecord, flush, json_bytes, write_file
+from osft_mcore.files import FileRecord, flush, json_bytes, parse_json, write_file
 from osft_mcore.weights.safetensors_stream import TensorSpec, write_safetensors
 
 RECEIPTS: Final = "receipts"
@@ -123,10 +122,7 @@ def _receipts(building: Path, parts: Sequence[str], deadline: float) -> dict[str
         for part in list(waiting):
             path = building / RECEIPTS / f"{part}.json"
             if path.is_file():
-                receipt = json.loads(path.read_text(encoding="utf-8"))
-                if "error" in receipt:
-                    raise CheckpointError(receipt["error"])
-                records[part] = FileRecord(receipt["size"], receipt["sha256"])
+                records[part] = _read_receipt(path)
                 waiting.remove(part)
         if not waiting:
             return records
@@ -136,6 +132,19 @@ def _receipts(building: Path, parts: Sequence[str], deadline: float) -> dict[str
                 "stuck, the file system slow, or not the same folder on all hosts?"
             )
         time.sleep(POLL_S)
+
+
+def _read_receipt(path: Path) -> FileRecord:
+    """What a rank says of its file. Raises CheckpointError if it failed, or says neither."""
+    try:
+        receipt = parse_json(path.read_bytes())
+        if "error" in receipt:
+            raise CheckpointError(receipt["error"])
+        return FileRecord(int(receipt["size"]), str(receipt["sha256"]))
+    except OSError as error:
+        raise CheckpointError(_reason(error, path, 0)) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
 
 def _reason(error: Exception, path: Path, needed: int) -> str:

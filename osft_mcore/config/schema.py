@@ -178,7 +178,8 @@ class CheckpointConfig:
     """Training checkpoints, from which a run resumes exactly, and the export at its end."""
 
     every: int = 0
-    """Save after every this many steps and after the last; 0: only when the run is told to stop."""
+    """Save after every this many steps and after the last; 0: only when the run is told to stop. A
+    run that is killed before its first checkpoint begins anew."""
     async_: Annotated[bool, Field(alias="async")] = True
     """Written as `async`. Files are written by a thread, from a copy in host memory, while training
     goes on."""

@@ -33,6 +33,7 @@ from osft_mcore.log.console import Console
 from osft_mcore.parallel.groups import all_gather_json
 from osft_mcore.parallel.rng import rng_state
 from osft_mcore.parallel.topology import Topology
+from osft_mcore.train.room import lacking_room
 from osft_mcore.weights.safetensors_stream import TensorSpec
 
 ROOM: Final = 1.02
@@ -62,7 +63,8 @@ class Checkpoints:
 
         `protected` is never deleted, however old.
 
-        Raises CheckpointError on every rank if the disk has no room for a single checkpoint.
+        Raises CheckpointError on every rank if the disk has no room for a single checkpoint, or
+        `root` cannot be looked at.
         """
         self._root, self._config, self._actor, self._console = root, config, actor, console
         self._protected = protected
@@ -82,8 +84,7 @@ class Checkpoints:
         }
         problem = ""
         if self._is_writer:
-            sweep(root)
-            problem = self._lacking_room()
+            problem = self._refused(partial(sweep, root)) or self._lacking_room()
         if problem := self._together(problem):
             raise CheckpointError(problem)
 
@@ -98,7 +99,7 @@ class Checkpoints:
         self._deadline = time.monotonic() + 60 * self._config.timeout_minutes
         problem = "the save before this one still hangs" if self._job.running else ""
         if self._is_writer and not problem:
-            problem = self._lacking_room() or self._prepare(step)
+            problem = self._lacking_room() or self._refused(partial(prepare, self._root, step))
         random_states = all_gather_json([problem, rng_state()], self._actor.context)
         if problem := _joined(problem for problem, _ in random_states):
             self._failed(step, problem)
@@ -181,20 +182,15 @@ class Checkpoints:
 
     def _lacking_room(self) -> str:
         """Why the disk cannot take another checkpoint; empty if it can."""
-        existing = next(path for path in (self._root, *self._root.parents) if path.exists())
-        free, needed = shutil.disk_usage(existing).free, int(ROOM * self._num_bytes)
-        if free >= needed:
-            return ""
-        return (
-            f"{self._root}: a checkpoint takes {readable(needed)}, but {readable(free)} are free; "
-            "make room, lower checkpoint.keep_last, or choose another output_dir"
-        )
+        needed = int(ROOM * self._num_bytes)
+        return lacking_room(self._root, needed, protected=self._protected)
 
-    def _prepare(self, step: int) -> str:
+    def _refused(self, action: Callable[[], object]) -> str:
+        """What the file system says against `action`: no exception, for the other ranks wait."""
         try:
-            prepare(self._root, step)
+            action()
         except OSError as error:
-            return f"{self._root}: {error.strerror}"
+            return f"{self._root}: {error.strerror or error}"
         return ""
 
     def _start(self, step: int, state: bytes) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from osft_mcore.actor.actor import Actor
 from osft_mcore.config.check import Phase
@@ -14,6 +14,9 @@ from osft_mcore.log.metrics import Clock
 from osft_mcore.parallel.stop import StopSignals, agreed_stop, deadline
 from osft_mcore.train.checkpoints import Checkpoints
 from osft_mcore.train.identity import identity
+
+BEFORE_A_STEP: Final = "stopping before the next step, with nothing new to save"
+"""What a signal is answered with until the loop begins."""
 
 
 class StepEdge:
@@ -36,6 +39,7 @@ class StepEdge:
         if config.checkpoint.resume == "never":
             self._go_on = "start again with checkpoint.resume=auto to go on from there"
         self._signals = StopSignals(actor.context.rank)
+        self._save_and_stop, self._signals.promise = self._signals.promise, BEFORE_A_STEP
         self._deadline = deadline(config.checkpoint.stop_after)
         self._longest_step_s = 0.0
         self._is_due = False
@@ -52,20 +56,26 @@ class StepEdge:
         with self._signals:
             yield
 
-    def stop_before(self, num_done: int) -> None:
+    def stop_if_told(self, num_done: int) -> None:
         """Raise Stopped, on every rank, if the run was told to before its first step. Collective.
 
         Nothing is saved: nothing has changed since `num_done` steps were.
         """
         if reason := agreed_stop(self._signals.received, self._actor.context):
             raise Stopped(f"{reason}; stopped with {num_done} of {self._num_steps} steps done")
+
+    def stop_before(self, num_done: int) -> None:
+        """As `stop_if_told`; from here on a signal waits for the end of a step. Collective."""
+        self.stop_if_told(num_done)
+        self._signals.promise = self._save_and_stop
         self._began = time.monotonic()
 
     def passed(self, step: int, *, sound: bool, **state: Any) -> None:
         """Step `step` is done and logged; `state` is what only its loop knows. Collective.
 
         Not `sound`: its last update was skipped, so that the weights may be to blame. A save that
-        is due waits for a sound step: it makes older checkpoints go, which may be better.
+        is due waits for a sound step: it makes older checkpoints go, which may be better. After the
+        last step there is none to wait for: it is saved, and the older ones stay.
 
         Raises Stopped, on every rank, once the run was told to stop and has saved; CheckpointError
         if saving failed too often.
@@ -81,21 +91,25 @@ class StepEdge:
                 f"{reason}; stopped after step {step} of {self._num_steps} and saved it; "
                 f"{self._go_on}"
             )
-        if self._is_due and sound:
+        if self._is_due and (sound or step == self._num_steps):
             self._is_due = False
             with self._clock("save"):
-                self._checkpoints.save(step, self._state(state))
+                self._checkpoints.save(step, self._state(state), expire=sound)
         self._began = time.monotonic()
 
     def finish(self) -> None:
-        """All steps are done: wait until the last save is, too. Collective."""
+        """All steps are done: wait until the last save is, too. Collective.
+
+        A run that is killed from here on does only the rest again; with checkpoint.every = 0, all.
+        """
         self._signals.promise = "what is left to do after the last step is done first"
         with self._clock("save"):
             self._checkpoints.settle()
 
     def _lacks_time(self, step: int) -> str:
-        every = self._evaluation_every
-        evaluates = every > 0 and (step + 1) % every == 0
+        every, is_last = self._evaluation_every, step == self._num_steps
+        # What is left to do after the last step is an evaluation as well.
+        evaluates = is_last or (every > 0 and (step + 1) % every == 0)
         return self._deadline.near(
             time.time(),
             longest_step_s=self._longest_step_s

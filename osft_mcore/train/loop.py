@@ -167,11 +167,15 @@ class OsftLoop:
     def score_start(self) -> list[Evaluation]:
         """Score the starting model: at the evaluation temperature first, then at the others.
 
-        Empty on ranks that do not grade, and without an evaluation.
+        Empty on ranks that do not grade, and without an evaluation. Raises Stopped when told to.
         """
         cfg = self.config.evaluation
         temperatures = (cfg.temperature, *cfg.baseline_temperatures) if cfg.before else ()
-        scored = [self.evaluate(0, tau) for tau in dict.fromkeys(temperatures)]
+        scored = []
+        for tau in dict.fromkeys(temperatures):
+            # What is scored so far is left behind: the run begins with an evaluation of its own.
+            self.edge.stop_if_told(0)
+            scored.append(self.evaluate(0, tau))
         return [evaluation for evaluation in scored if evaluation is not None]
 
     def scores_of_start(self) -> list[Evaluation]:

@@ -1,6 +1,5 @@
 """Where a run goes on from: the newest whole checkpoint, if what it was made with still holds."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from osft_mcore.checkpoint.manifest import problems_of
 from osft_mcore.config.check import Phase
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.errors import CheckpointError, ConfigError, NothingLeft
+from osft_mcore.files import parse_json
 from osft_mcore.train.identity import changes, conflicts
 
 CHECKPOINTS: Final = "checkpoints"
@@ -132,12 +132,11 @@ def begun_from(output_dir: Path) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of the run folder. Raises ConfigError if the file is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return _object(path)
     except ValueError as error:
         raise ConfigError(
             f"output_dir: {path} is damaged ({error}); remove it to go on without what it says"
         ) from error
-    return value if isinstance(value, dict) else {}
 
 
 def candidates(config: RunConfig) -> list[Path]:
@@ -183,7 +182,17 @@ def _read_state(folder: Path) -> dict[str, Any]:
             "them convert it to a Hugging Face folder and name that as model.path"
         )
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        state = _object(path)
+        if missing := [key for key in ("step", "phase", "options", "identity") if key not in state]:
+            raise ValueError(f"it does not say {', '.join(missing)}")
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return state
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError if it holds anything else."""
+    value = parse_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    return value

@@ -180,9 +180,10 @@ def _make_way(
     if point is None:
         aside = folder.put_aside()
         if aside is not None:
+            final = f", with the final model in {FINAL}/" if (aside / FINAL).is_dir() else ""
             console.say(
                 f"the run in {folder.path} ended before its first checkpoint; it begins anew, and "
-                f"what it left is in {aside}"
+                f"what it left is in {aside}{final}"
             )
         return {}
     for newer in checkpoints_in(folder.path / CHECKPOINTS):

@@ -108,6 +108,34 @@ def test_a_copy_that_fails_is_told_at_once(
     assert checkpoints_in(tmp_path) == []
 
 
+def vanishing_disk(rank: int, model: Path, folder: Path) -> list[str]:
+    """Begin where the system refuses to look; then save where it came to that."""
+    actor, refused = make_actor(model), folder / ("x" * 300) / "checkpoints"
+    checkpoints = make(rank, actor, folder)
+    checkpoints.save_now(1, {})
+    checkpoints._root = refused
+    told = []
+    for attempt in (lambda: make(rank, actor, refused), lambda: checkpoints.save_now(2, {})):
+        try:
+            attempt()
+        except CheckpointError as error:
+            told.append(str(error))
+    return told
+
+
+def test_a_disk_that_only_rank_0_looks_at_is_told_to_all(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """If rank 0 raised alone, the other would wait for it."""
+    first, second = run_ranks(vanishing_disk, 2, model=model, folder=tmp_path, timeout_s=60.0)
+    assert first == second
+    assert "File name too long" in first[0]
+    assert first[1] == "step 2 could not be saved; see above"
+    said = capfd.readouterr().out
+    assert "step_2 was not saved" in said
+    assert "is the disk of output_dir still there?" in said
+
+
 def filling_disk(rank: int, model: Path, disk: Path) -> list[str]:
     """Save, fill the disk, fail twice, make room, save; then begin where there is no room."""
     actor = make_actor(model)

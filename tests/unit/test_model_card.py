@@ -35,7 +35,7 @@ EVALUATIONS = (
 def run(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(CONFIG)
     manifest = {
-        "command": ["cli.py", "train", "x=1"],
+        "phase": "train",
         "git_commit": "0a1b2c3d4e5f",
         "data_sha256": {"train|a.parquet": "feed"},
         "packages": {"torch": "2.13.0"},
@@ -67,7 +67,7 @@ def test_the_card_tells_where_the_model_comes_from(run: Path) -> None:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": "Qwen/Qwen2.5-Math-7B",
-        "tags": ["osft-mcore", "online-sft", "megatron-core"],
+        "tags": ["osft-mcore", "megatron-core", "online-sft"],
     }
     assert "# my-model\n" in text
     assert "its own answers" in text.replace("\n", " ")
@@ -82,6 +82,8 @@ def test_the_card_tells_where_the_model_comes_from(run: Path) -> None:
     assert rows["prompts per update"] == ["not recorded"]
     assert rows["negative log-likelihood of the last batch"] == ["0.8"]
     assert rows["packages"] == ["torch 2.13.0"]
+    assert not {"options", "resharded from"} & rows.keys()
+    assert "licence of the base model" in text
 
 
 def test_scores_are_those_of_the_step_and_of_the_start(run: Path) -> None:
@@ -114,14 +116,85 @@ def test_what_is_absent_or_damaged_is_said_to_be(run: Path) -> None:
     assert "62.5%" in card
     nothing = model_card(read_provenance(None, step=4), name="x")
     assert "The model after step 4 was not evaluated." in nothing
+    assert "Trained with osft-mcore.\n" in nothing
+    assert "online" not in nothing
     assert "%" not in nothing
 
 
 def test_supervised_runs_are_told_apart(run: Path) -> None:
-    (run / "manifest.json").write_text(json.dumps({"command": ["cli.py", "sft", "x=1"]}))
+    (run / "manifest.json").write_text(json.dumps({"phase": "sft"}))
     card = model_card(read_provenance(run, step=8), name="x")
     assert "supervised fine-tuning on given answers" in card
     assert "its own answers" not in card
+    assert "online" not in card
+    rows = table(card, "Provenance")
+    assert rows["training temperature"] == ["1.0"]
+    assert "sampling temperature" not in rows, "nothing is sampled"
+
+
+def test_random_weights_have_no_base_model(run: Path) -> None:
+    config = CONFIG.replace("  dtype:", "  init: random\n  dtype:")
+    (run / "config.yaml").write_text(config)
+    card = model_card(read_provenance(run, step=8), name="x")
+    rows = table(card, "Provenance")
+    assert rows["base model"] == [f"random weights, configuration of `{BASE}`"]
+    assert "base_model" not in yaml.safe_load(card.split("---\n", 2)[1])
+    assert table(card, "Evaluation")["0 (random weights) 1"] == ["1", "25.0%", "50.0%"]
+    assert "Gain in pass@1 over the random weights" in card
+    assert "base model" not in card.replace("| base model |", "")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    options = {"seed": 7, "model": {"path": BASE, "init": "pretrained"}, "data": {"train": "a|b"}}
+    identity = {"model": {}, "data.train": "cafe"}
+    state = {"step": 4, "phase": "sft", "options": options, "identity": identity}
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = {"step": 4, "resharded_from": "/runs/x/checkpoints/step_4", "files": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_without_its_run_a_checkpoint_speaks_for_itself(checkpoint: Path) -> None:
+    card = model_card(read_provenance(None, step=4, checkpoint=checkpoint), name="x")
+    assert "base_model: Qwen/Qwen2.5-Math-7B\n" in card
+    assert "supervised fine-tuning on given answers" in card
+    rows = table(card, "Provenance")
+    assert rows["resharded from"] == ["`/runs/x/checkpoints/step_4`"]
+    assert rows["options"] == ["from the checkpoint's state.json"]
+    assert rows["seed"] == ["7"]
+    assert rows["base model"] == [f"`{BASE}`"]
+    assert rows["SHA-256 of `a!b`"] == ["`cafe`"]
+    for unknown in ("SHA-256 of config.yaml", "learning rate", "packages"):
+        assert rows[unknown] == ["not recorded"]
+
+
+def test_the_run_is_asked_before_the_checkpoint(run: Path, checkpoint: Path) -> None:
+    rows = table(
+        model_card(read_provenance(run, step=4, checkpoint=checkpoint), name="x"), "Provenance"
+    )
+    assert "options" not in rows
+    assert rows["seed"] == ["3"]
+    assert rows["sampling temperature"] == ["0.6"]
+    assert rows["SHA-256 of `train!a.parquet`"] == ["`feed`"]
+    assert "SHA-256 of `a!b`" not in rows
+    (run / "config.yaml").write_text("{[")
+    rows = table(
+        model_card(read_provenance(run, step=4, checkpoint=checkpoint), name="x"), "Provenance"
+    )
+    assert rows["options"] == ["from the checkpoint's state.json"]
+    assert rows["seed"] == ["7"]
+
+
+@pytest.mark.parametrize("state", [b"", b"[]", b'{"step": 4, "options": 1, "identity": []}'])
+def test_a_state_that_says_nothing_is_left_out(checkpoint: Path, state: bytes) -> None:
+    (checkpoint / "state.json").write_bytes(state)
+    card = model_card(read_provenance(None, step=4, checkpoint=checkpoint), name="x")
+    rows = table(card, "Provenance")
+    assert rows["seed"] == rows["base model"] == rows["SHA-256 of the data"] == ["not recorded"]
+    assert "options" not in rows
 
 
 def test_only_a_hub_cache_names_a_model_of_the_hub() -> None:

@@ -18,7 +18,7 @@ from osft_mcore.checkpoint import save as save_module
 from osft_mcore.checkpoint.background import BackgroundJob
 from osft_mcore.checkpoint.folder import LATEST, checkpoints_in, newest_whole, prepare, sweep
 from osft_mcore.checkpoint.manifest import MANIFEST, problems_of
-from osft_mcore.checkpoint.save import Part, Rest, part_name, write_part, write_rest
+from osft_mcore.checkpoint.save import RECEIPTS, Part, Rest, part_name, write_part, write_rest
 from osft_mcore.errors import CheckpointError
 from osft_mcore.weights.safetensors_stream import TensorSpec
 
@@ -243,6 +243,18 @@ def test_a_rank_that_never_comes_is_waited_for_until_the_deadline(tmp_path: Path
     write_part(building, part(1, 0))
     with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors not written within"):
         write_rest(building, rest(tmp_path, 1), deadline=time.monotonic() + 0.2)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"size": NaN}', b'{"size": 1}', b"[" * 100_000])
+def test_a_receipt_that_says_nothing_fails_the_save(tmp_path: Path, content: bytes) -> None:
+    building = prepare(tmp_path, 1)
+    for rank in RANKS:
+        write_part(building, part(1, rank))
+    receipt = building / RECEIPTS / f"{part_name(1)}.json"
+    receipt.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{receipt} is damaged: "):
+        write_rest(building, rest(tmp_path, 1), deadline=time.monotonic() + SOON)
+    assert checkpoints_in(tmp_path) == []
 
 
 def test_a_writer_that_fails_or_hangs_is_told_once() -> None:
