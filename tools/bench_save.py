@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12, help="default 12: 200M parameters")
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--steps", type=int, default=12, help="updates of a loop, default 12")
+    parser.add_argument("--steps", type=int, default=3, help="updates of a loop, default 3")
     parser.add_argument("--rounds", type=int, default=5, help="loops of each way, default 5")
     parser.add_argument("--json", action="store_true", help="print a JSON list of the rows")
     return parser

@@ -1,5 +1,6 @@
 """Times a training loop without saving, with a save that it waits for, and with one it does not."""
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -27,19 +28,19 @@ from osft_mcore.train.checkpoints import Checkpoints
 Way = Literal["none", "sync", "async"]
 WAYS: Final[tuple[Way, ...]] = ("none", "sync", "async")
 SEQUENCES: Final = 2
-TOKENS: Final = 16
-"""Of a sequence. Few: an update that computes long hides what a save costs in its own noise."""
+TOKENS: Final = 128
+"""Of a sequence. Fewer than in training: a long update hides what a save costs in its own noise.
+With much fewer, all that an update does is move its state through memory."""
 VOCAB: Final = 24000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Medians over rounds, in seconds."""
+    """Seconds; of each part of a loop the median over rounds."""
 
     params: int
     checkpoint_bytes: int
     dtype: str
-    steps: int
     step_s: float
     """One optimizer update, without any saving."""
     sync_s: float
@@ -74,67 +75,51 @@ def measure(*, layers: int, dtype: Literal["bf16", "fp32"], steps: int, rounds: 
             for way in ("sync", "async")
         }
         # The first updates make Adam's state, the first save the host copy.
-        _loop(actor, savers["async"], steps)
-        loops: dict[Way, list[float]] = {way: [] for way in WAYS}
-        calls = []
+        for _ in range(2):
+            _loop(actor, savers["async"], steps)
+        loops: dict[Way, list[list[float]]] = {way: [] for way in WAYS}
         for _ in range(rounds):
             for way in WAYS:
-                seconds, call = _loop(actor, savers.get(way), steps)
-                loops[way].append(seconds)
-                if way == "async":
-                    calls.append(call)
+                loops[way].append(_loop(actor, savers.get(way), steps))
         state = actor.training_state()
         return _row(
             loops,
-            calls,
-            steps=steps,
             dtype=dtype,
             params=sum(held.tensor.numel() for held in state if held.kind == "weight"),
             num_bytes=sum(held.tensor.numel() * held.tensor.element_size() for held in state),
         )
 
 
-def _row(
-    loops: dict[Way, list[float]],
-    calls: list[float],
-    *,
-    steps: int,
-    dtype: str,
-    params: int,
-    num_bytes: int,
-) -> Row:
-    lost = {
-        way: statistics.median(
-            seconds - without for seconds, without in zip(loops[way], loops["none"], strict=True)
-        )
-        for way in WAYS
+def _row(loops: dict[Way, list[list[float]]], *, dtype: str, params: int, num_bytes: int) -> Row:
+    # Of each part of a loop by itself: one slow update spoils a sum, but not a median.
+    usual = {
+        way: [statistics.median(parts) for parts in zip(*rounds, strict=True)]
+        for way, rounds in loops.items()
     }
+    lost = {way: sum(usual[way]) - sum(usual["none"]) for way in WAYS}
     return Row(
         params=params,
         checkpoint_bytes=num_bytes,
         dtype=dtype,
-        steps=steps,
-        step_s=statistics.median(loops["none"]) / steps,
+        step_s=statistics.median(usual["none"][1:]),
         sync_s=lost["sync"],
         async_s=lost["async"],
-        async_call_s=statistics.median(calls),
+        async_call_s=usual["async"][0],
     )
 
 
-def _loop(actor: Actor, checkpoints: Checkpoints | None, steps: int) -> tuple[float, float]:
-    """Seconds of `steps` updates with a save after the first, and of the call that saves."""
-    call = 0.0
-    started = time.monotonic()
+def _loop(actor: Actor, checkpoints: Checkpoints | None, steps: int) -> list[float]:
+    """Seconds of a save, or of none, and of each of the `steps` updates after it."""
+    moments = [time.monotonic()]
+    if checkpoints is not None:
+        checkpoints.save(1, {})
+    moments.append(time.monotonic())
     for step in range(steps):
         actor.update(_batch(step), tau_sample=1.0, lr=1e-6)
-        if step == 0 and checkpoints is not None:
-            before = time.monotonic()
-            checkpoints.save(1, {})
-            call = time.monotonic() - before
-    elapsed = time.monotonic() - started
+        moments.append(time.monotonic())
     if checkpoints is not None:
         checkpoints.settle()
-    return elapsed, call
+    return [after - before for before, after in itertools.pairwise(moments)]
 
 
 def _checkpoints(root: Path, actor: Actor, *, background: bool) -> Checkpoints:
