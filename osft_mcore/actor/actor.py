@@ -29,7 +29,7 @@ from osft_mcore.actor.training_state import StateTensor, adam_step, set_adam_ste
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from osft_mcore.errors import CheckpointError
-from osft_mcore.loss.vocab_parallel import token_statistics
+from osft_mcore.loss.linear import TokenLoss, token_loss
 from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
@@ -249,23 +249,27 @@ class Actor:
         self, batch: MicroBatch, tau_sample: float, hidden_BSH: Tensor
     ) -> tuple[Tensor, Tensor, "_Sums"]:
         if self.sequence_parallel:
+            # Its backward sums over ranks while it scatters: nobody else has to.
             hidden_SBH = gather_from_sequence_parallel_region(
-                hidden_BSH.transpose(0, 1), tensor_parallel_output_grad=False
+                hidden_BSH.transpose(0, 1), tensor_parallel_output_grad=True
             )
             hidden_BSH = hidden_SBH.transpose(0, 1)
-        statistics = token_statistics(
+        found = token_loss(
             hidden_BSH.flatten(0, 1)[batch.predictor_T],
             output_weight(self.chunks[-1]),
             batch.targets_T,
+            lambda logprobs_C, _, rows: -batch.weights_T[rows] * logprobs_C,
             tau_train=self.algorithm.tau_train,
             tau_sample=tau_sample,
             vocab=self.shape.vocab,
             tp_group=self.context.tp_group,
+            partial_hidden_grad=self.sequence_parallel,
         )
-        loss = -(batch.weights_T * statistics.logprobs_train_T).sum()
-        num_tokens = torch.tensor(batch.targets_T.numel(), dtype=torch.int, device=loss.device)
-        sums = _Sums.of(batch, statistics, loss, num_replicas=self.context.topology.num_replicas)
-        return loss, num_tokens, sums
+        num_tokens = torch.tensor(
+            batch.targets_T.numel(), dtype=torch.int, device=self.context.device
+        )
+        sums = _Sums.of(batch, found, num_replicas=self.context.topology.num_replicas)
+        return found.loss, num_tokens, sums
 
     def _result(self, parts: list["_Sums"], *, grad_norm: float) -> UpdateResult:
         totals, peaks = self._reduce(parts, grad_norm=grad_norm)
@@ -322,19 +326,19 @@ class _Sums:
     """Largest |logprob diff| by rollout replica."""
 
     @staticmethod
-    def of(batch: MicroBatch, statistics: Any, loss: Tensor, *, num_replicas: int) -> "_Sums":
+    def of(batch: MicroBatch, found: TokenLoss, *, num_replicas: int) -> "_Sums":
         trained_T = batch.weights_T > 0
-        diff_T = (statistics.logprobs_sample_T - batch.rollout_logprobs_T).abs().detach()
+        diff_T = (found.logprobs_sample_T - batch.rollout_logprobs_T).abs()
         compared_T = ~batch.rollout_logprobs_T.isnan()
         # A NaN on the actor's side must reach the gate, not vanish in a maximum.
         diff_T = torch.where(compared_T, diff_T.nan_to_num(nan=torch.inf), 0.0)
-        peaks = torch.zeros(num_replicas, device=loss.device)
+        peaks = torch.zeros(num_replicas, device=found.loss.device)
         peaks.scatter_reduce_(0, batch.replicas_T, diff_T, reduce="amax")
         totals = torch.stack(
             [
-                loss.detach().double(),
-                -statistics.logprobs_train_T.detach()[trained_T].double().sum(),
-                statistics.entropy_T.detach()[trained_T].double().sum(),
+                found.loss.detach().double(),
+                -found.logprobs_train_T[trained_T].double().sum(),
+                found.entropy_T[trained_T].double().sum(),
                 trained_T.sum().double(),
                 diff_T.double().sum(),
                 compared_T.sum().double(),

@@ -3,12 +3,11 @@
 A tabular model: one free logit per (state, token), where a state is the tokens sampled so far.
 Its hidden states are one-hot, so the output weight holds the logits and the gradient of the
 weight is the gradient of the theory. Everything is float64. Statements are checked with
-`token_statistics` over 1 and 2 ranks; the expected values are written here in plain torch.
+`token_loss` over 1 and 2 ranks; the expected values are written here in plain torch.
 """
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
-from osft_mcore.loss.vocab_parallel import token_statistics
+from osft_mcore.loss.linear import Objective as TokenObjective
+from osft_mcore.loss.linear import token_loss
 
 VOCAB, END, MAX_TOKENS = 4, 0, 3
 EXACT = 1e-12
@@ -80,20 +80,28 @@ class Objective:
         """The loss, from this rank's rows of the output weight."""
         states_T, targets_T, weights_T = self.tokens()
         hidden_TS = torch.eye(len(STATES), dtype=torch.float64)[states_T]
-        statistics = statistics_of(hidden_TS, shard_VS, targets_T, self.tau_train)
-        return -(weights_T * statistics.logprobs_train_T).sum()
+        return loss_of(
+            hidden_TS,
+            shard_VS,
+            targets_T,
+            lambda logprobs_C, _, rows: -weights_T[rows] * logprobs_C,
+            self.tau_train,
+        )
 
 
-def statistics_of(hidden_TS: Tensor, shard_VS: Tensor, targets_T: Tensor, tau: float) -> Any:
-    return token_statistics(
+def loss_of(
+    hidden_TS: Tensor, shard_VS: Tensor, targets_T: Tensor, objective: TokenObjective, tau: float
+) -> Tensor:
+    return token_loss(
         hidden_TS,
         shard_VS,
         targets_T,
+        objective,
         tau_train=tau,
         tau_sample=tau,
         vocab=VOCAB,
         tp_group=dist.group.WORLD,
-    )
+    ).loss
 
 
 def shard_of(logits_SV: Tensor) -> Tensor:
@@ -259,10 +267,14 @@ def _gradients_of_one_state_each(
     """d(-log p)/dz and dH/dz, one token per state."""
     shard_VS = shard_of(logits_SV)
     hidden_SS = torch.eye(len(STATES), dtype=torch.float64)
-    statistics = statistics_of(hidden_SS, shard_VS, targets_S, tau)
-    (nll_VS,) = torch.autograd.grad(-statistics.logprobs_train_T.sum(), shard_VS, retain_graph=True)
-    (entropy_VS,) = torch.autograd.grad(statistics.entropy_T.sum(), shard_VS)
-    return whole(nll_VS), whole(entropy_VS)
+
+    def gradient(objective: TokenObjective) -> Tensor:
+        loss = loss_of(hidden_SS, shard_VS, targets_S, objective, tau)
+        return whole(torch.autograd.grad(loss, shard_VS)[0])
+
+    return gradient(lambda logprobs, _h, _rows: -logprobs), gradient(
+        lambda _lp, entropy, _: entropy
+    )
 
 
 @tensor_parallel

@@ -1,7 +1,8 @@
-"""`token_statistics` against log_softmax and autograd on whole logits in float64.
+"""`token_loss` against log_softmax and autograd on whole logits in float64.
 
 Errors are relative to the largest value of the reference: fp32 <= 1e-6, fp64 <= 1e-12. bf16 inputs
 are widened exactly, so values keep fp32's tolerance and gradients are rounded once, by 2^-8.
+Every case is computed both ways: gradients formed in the forward pass, and recomputed.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
-from osft_mcore.loss import vocab_parallel
-from osft_mcore.loss.vocab_parallel import token_statistics
+from osft_mcore.loss import linear
+from osft_mcore.loss.linear import token_loss
 
 NUM_RANKS, PADDED, HIDDEN = 4, 128, 16
 FP32, FP64, BF16_GRADIENT = 1e-6, 1e-12, 2.0**-8
@@ -27,6 +28,7 @@ class Case:
     taus: tuple[float, float] = (1.0, 0.6)
     dtype: torch.dtype = torch.float32
     chunk: int = 1024
+    """Tokens."""
     logits_std: float = 2.0
     logprob: bool = True
     entropy: bool = True
@@ -47,6 +49,7 @@ class Inputs:
 class Results:
     """Values, and gradients of the whole weight."""
 
+    loss: Tensor
     logprobs_train_T: Tensor
     entropy_T: Tensor
     logprobs_sample_T: Tensor
@@ -104,6 +107,7 @@ def reference(case: Case) -> Results:
     loss = (x.grad_logprob_T * logprobs_T + x.grad_entropy_T * entropy_T).sum()
     grad_hidden_TH, grad_weight_VH = torch.autograd.grad(loss, (hidden_TH, weight_VH))
     return Results(
+        loss=loss.detach(),
         logprobs_train_T=logprobs_T.detach(),
         entropy_T=entropy_T.detach(),
         logprobs_sample_T=log_q_TV.gather(1, x.targets_T[:, None])[:, 0].detach(),
@@ -114,36 +118,48 @@ def reference(case: Case) -> Results:
     )
 
 
-def sharded(case: Case, x: Inputs, group: dist.ProcessGroup) -> Results:
+def objective(case: Case, x: Inputs) -> linear.Objective:
+    """A term is left out, not multiplied by zero, so that its missing gradient is tested too."""
+
+    def losses(logprobs_C: Tensor, entropy_C: Tensor, rows: slice) -> Tensor:
+        terms_C = torch.zeros_like(logprobs_C)
+        if case.logprob:
+            terms_C = terms_C + x.grad_logprob_T[rows].to(logprobs_C.dtype) * logprobs_C
+        if case.entropy:
+            terms_C = terms_C + x.grad_entropy_T[rows].to(entropy_C.dtype) * entropy_C
+        return terms_C
+
+    return losses
+
+
+def sharded(case: Case, x: Inputs, group: dist.ProcessGroup, *, recompute: bool) -> Results:
     """What the ranks of `group` compute together, each from its own rows of the weight."""
     tp, tp_rank = group.size(), group.rank()
     hidden_TH = x.hidden_TH.clone().requires_grad_()
     shard_VH = x.weight_VH.chunk(tp)[tp_rank].clone().requires_grad_()
-    statistics = token_statistics(
+    found = token_loss(
         hidden_TH,
         shard_VH,
         x.targets_T,
+        objective(case, x),
         tau_train=case.taus[0],
         tau_sample=case.taus[1],
         vocab=case.vocab,
         tp_group=group,
+        recompute=recompute,
     )
-    assert not statistics.logprobs_sample_T.requires_grad
-    # A term is left out, not multiplied by zero, so that its missing gradient is tested too.
-    terms = []
-    if case.logprob:
-        terms.append(x.grad_logprob_T * statistics.logprobs_train_T)
-    if case.entropy:
-        terms.append(x.grad_entropy_T * statistics.entropy_T)
-    grad_hidden_TH, grad_shard_VH = torch.autograd.grad(sum(terms).sum(), (hidden_TH, shard_VH))
+    assert not any(figure.requires_grad for figure in found[1:])
+    # Scaled on the way back, as a pipeline schedule may.
+    grad_hidden_TH, grad_shard_VH = torch.autograd.grad(found.loss * 0.5, (hidden_TH, shard_VH))
     shards = [torch.empty_like(grad_shard_VH) for _ in range(tp)]
     dist.all_gather(shards, grad_shard_VH.contiguous(), group=group)
     return Results(
-        logprobs_train_T=statistics.logprobs_train_T.detach(),
-        entropy_T=statistics.entropy_T.detach(),
-        logprobs_sample_T=statistics.logprobs_sample_T,
-        grad_hidden_TH=grad_hidden_TH,
-        grad_weight_VH=torch.cat(shards),
+        loss=found.loss.detach(),
+        logprobs_train_T=found.logprobs_train_T,
+        entropy_T=found.entropy_T,
+        logprobs_sample_T=found.logprobs_sample_T,
+        grad_hidden_TH=2 * grad_hidden_TH,
+        grad_weight_VH=2 * torch.cat(shards),
     )
 
 
@@ -158,13 +174,22 @@ def groups_of(rank: int) -> dict[int, dist.ProcessGroup]:
     return mine
 
 
-def compute(rank: int, cases: dict[str, Case]) -> dict[int, dict[str, Results]]:
+ByName = dict[tuple[str, bool], Results]
+"""Case, recompute -> what was found."""
+
+
+def compute(rank: int, cases: dict[str, Case]) -> dict[int, ByName]:
     groups = groups_of(rank)
-    results: dict[int, dict[str, Results]] = {tp: {} for tp in groups}
+    results: dict[int, ByName] = {tp: {} for tp in groups}
+    # Of this forked process alone: chunks are as long as the case says.
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(linear, "CHUNK_ELEMENTS", 0)
     for name, case in cases.items():
-        vocab_parallel.CHUNK_TOKENS = case.chunk  # of this forked process alone
+        monkeypatch.setattr(linear, "LEAST_CHUNK", case.chunk)
         for tp, group in groups.items():
-            results[tp][name] = sharded(case, inputs(case), group)
+            for recompute in (False, True):
+                found = sharded(case, inputs(case), group, recompute=recompute)
+                results[tp][name, recompute] = found
     return results
 
 
@@ -173,21 +198,22 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def by_rank() -> list[dict[int, dict[str, Results]]]:
+def by_rank() -> list[dict[int, ByName]]:
     return run_ranks(compute, NUM_RANKS, cases=CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("recompute", [False, True], ids=["one pass", "recompute"])
 def test_values_and_gradients_equal_autograd_on_whole_logits(
-    by_rank: list[dict[int, dict[str, Results]]], tp: int, name: str
+    by_rank: list[dict[int, ByName]], tp: int, name: str, recompute: bool
 ) -> None:
     dtype = CASES[name].dtype
     values = FP64 if dtype == torch.float64 else FP32
     gradients = {torch.float32: FP32, torch.float64: FP64, torch.bfloat16: BF16_GRADIENT}[dtype]
     expected = reference(CASES[name])
     for rank in range(NUM_RANKS):
-        found = by_rank[rank][tp][name]
+        found = by_rank[rank][tp][name, recompute]
         assert found.grad_hidden_TH.dtype == found.grad_weight_VH.dtype == dtype
         for field in Results.__slots__:
             tolerance = gradients if field.startswith("grad_") else values
@@ -197,10 +223,10 @@ def test_values_and_gradients_equal_autograd_on_whole_logits(
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_padding_has_no_gradient_whatever_it_holds(
-    by_rank: list[dict[int, dict[str, Results]]], tp: int
+    by_rank: list[dict[int, ByName]], tp: int
 ) -> None:
     for name, case in CASES.items():
-        gradient_VH = by_rank[0][tp][name].grad_weight_VH
+        gradient_VH = by_rank[0][tp][name, False].grad_weight_VH
         assert (gradient_VH[case.vocab :] == 0).all(), name
         assert (gradient_VH[: case.vocab] != 0).any(dim=1).all(), name
 
@@ -225,7 +251,10 @@ def extreme_inputs() -> Inputs:
 
 
 def compute_extreme(rank: int) -> dict[int, Results]:
-    return {tp: sharded(EXTREME, extreme_inputs(), group) for tp, group in groups_of(rank).items()}
+    return {
+        tp: sharded(EXTREME, extreme_inputs(), group, recompute=False)
+        for tp, group in groups_of(rank).items()
+    }
 
 
 def test_extreme_logits_stay_exact() -> None:
@@ -244,7 +273,7 @@ def test_extreme_logits_stay_exact() -> None:
 
 def compute_sharp(rank: int) -> tuple[float, float]:
     case = Case(vocab=PADDED, logits_std=40.0)
-    found = sharded(case, inputs(case), dist.group.WORLD)
+    found = sharded(case, inputs(case), dist.group.WORLD, recompute=False)
     return float(found.entropy_T.min()), float(found.logprobs_train_T.max())
 
 
