@@ -243,18 +243,23 @@ def _statistics(
     sum_train_C = exp_CV.sum(dim=1)
     # sum of exp(d / tau) d, without a third buffer
     weighted_C = torch.bmm(exp_CV[:, None, :], below_CV[:, :, None])[:, 0, 0]
-    mine_C = _mine(local_targets_C, below_CV)
+    mine_C, index_C1 = _own_targets(local_targets_C, below_CV)
     target_C = torch.zeros_like(max_C)
-    target_C[mine_C] = below_CV[mine_C, local_targets_C[mine_C]]
+    if plan.num_real:
+        target_C = torch.where(mine_C, below_CV.gather(1, index_C1)[:, 0], 0.0)
     own_6C = torch.stack(
         [max_C, sum_train_C, weighted_C, sum_sample_C, target_C, mine_C.to(max_C.dtype)]
     )
     return _over_shards(own_6C, plan), exp_CV
 
 
-def _mine(local_targets_C: Tensor, below_CV: Tensor) -> Tensor:
-    """Whether this shard has the target's row."""
-    return (local_targets_C >= 0) & (local_targets_C < below_CV.shape[1])
+def _own_targets(local_targets_C: Tensor, below_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether this shard has the target's row; and the row [C, 1], 0 where it has not.
+
+    Masks, not indices of what is true: a GPU would have to be waited for.
+    """
+    mine_C = (local_targets_C >= 0) & (local_targets_C < below_CV.shape[1])
+    return mine_C, torch.where(mine_C, local_targets_C, 0)[:, None]
 
 
 def _over_shards(own_6C: Tensor, plan: _Plan) -> _Statistics:
@@ -326,8 +331,9 @@ def _into_logit_gradient(
         constant_C = by_entropy_C * (statistics.log_share_C + statistics.entropy_C) + by_logprob_C
         below_CV.mul_((by_entropy_C / tau)[:, None]).add_(constant_C[:, None])
         exp_CV.mul_(-share_C[:, None]).mul_(below_CV)
-    mine_C = _mine(local_targets_C, below_CV)
-    exp_CV[mine_C, local_targets_C[mine_C]] += by_logprob_C[mine_C] / tau
+    if below_CV.shape[1]:
+        mine_C, index_C1 = _own_targets(local_targets_C, below_CV)
+        exp_CV.scatter_add_(1, index_C1, torch.where(mine_C, by_logprob_C / tau, 0.0)[:, None])
 
 
 def _joined(parts: list[Any]) -> Iterator[Any]:
