@@ -31,11 +31,12 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for chunk in chunks:
-            for start in range(0, len(chunk), WRITE_BYTES):
-                piece = chunk[start : start + WRITE_BYTES]
+            view = memoryview(chunk).cast("B")
+            for start in range(0, len(view), WRITE_BYTES):
+                piece = view[start : start + WRITE_BYTES]
                 digest.update(piece)
                 file.write(piece)
-            size += len(chunk)
+            size += len(view)
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())

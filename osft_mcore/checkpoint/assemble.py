@@ -49,7 +49,9 @@ class Watched:
 
     @property
     def broken(self) -> list[str]:
-        """Hugging Face tensors of which NaN or infinite values were read, each once."""
+        """What NaN or infinite values were read of, each once: Hugging Face tensors, or, where none
+        are at either end, parameters.
+        """
         return list(self._broken)
 
     @property
@@ -64,7 +66,7 @@ class Watched:
     def rows(self, copy: Copy) -> Tensor:
         """See `WeightSource`."""
         rows = self._source.rows(copy)
-        # At one end of a conversion are Hugging Face tensors.
+        # At one end of most conversions are Hugging Face tensors.
         name = copy.src_param if copy.src_param in self._tensors else copy.dst_param
         if name not in self._broken:
             written = rows if self.target is None else rows.to(self.target)

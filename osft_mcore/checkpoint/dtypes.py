@@ -10,7 +10,7 @@ from osft_mcore.weights.layout import Layout, Layouts
 from osft_mcore.weights.source import WeightSource
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""What --dtype offers; both hold the range of any other."""
+"""What --dtype offers."""
 
 
 def stored_dtypes(source: WeightSource) -> dict[str, torch.dtype]:

@@ -183,12 +183,14 @@ def training_state(folder: Path) -> Mapping[str, Any]:
         return {}
     try:
         # Of a run's own numbers some may be infinite.
-        state = json.loads(path.read_bytes())
+        state: Any = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise WeightError(f"{path} is damaged: {error}") from error
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+    values: dict[str, Any] = state if isinstance(state, dict) else {}
+    step = values.get("step")
+    if type(step) is not int or step < 0:
         raise WeightError(f"{path} is damaged: it does not say the step")
-    return state
+    return values
 
 
 def _advice(folder: Path) -> str:

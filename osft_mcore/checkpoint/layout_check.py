@@ -15,7 +15,7 @@ from osft_mcore.errors import WeightError
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.weights.layout import Interval, Layout
 
-_AXES: Final = ("tp", "pp", "vpp")
+_AXES: Final = ("tp", "pp", "vpp", "dp")
 _OF_VOCAB: Final = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -57,7 +57,8 @@ def _topology(index: Index) -> Topology:
     ]
     if problems:
         raise WeightError("\n".join(problems))
-    tp, pp, vpp = (index.topology[axis] for axis in _AXES)
+    # Data-parallel copies hold the same rows.
+    tp, pp, vpp, _ = (index.topology[axis] for axis in _AXES)
     topology = Topology(tp=tp, pp=pp, vpp=vpp, dp=1)
     found, num_shards = sorted(index.layouts), tp * pp
     # The number first: what is stated may be beyond measure.

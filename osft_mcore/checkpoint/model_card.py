@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import yaml
 
@@ -32,7 +32,10 @@ _PLANNED: Final = (
 """Options that the card shows, by the words it uses for them."""
 _OF_SAMPLING: Final = ("rollout.tau_sample",)
 """`osft sft` does not use them."""
+_OWN: Final = ("seed", "model.path", "data.train")
+"""Options that no start of a run changes."""
 _UNKNOWN: Final = "not recorded"
+_MISSING: Final = "not evaluated"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +48,9 @@ class Provenance:
     phase: str
     """`train` or `sft`."""
     options: Mapping[str, Any]
-    """config.yaml, or what the checkpoint keeps of it."""
+    """What the checkpoint keeps of them, or config.yaml."""
     options_from: str
-    """Where `options` are from, if not from config.yaml."""
+    """Where `options` are from, if they are not those of config.yaml."""
     config_sha256: str
     data_sha256: Mapping[str, str]
     """By file."""
@@ -67,20 +70,23 @@ def read_provenance(
 ) -> Provenance:
     """What the run folder says about the model after `step`; None: the run is not known.
 
-    `checkpoint` tells options and training data where the run folder does not. Pieces that are
-    absent or damaged are left empty.
+    `checkpoint` knows its own options best: config.yaml is that of the run's latest start. If it is
+    not of this run, the run is not asked. Pieces that are absent or damaged are left empty.
     """
+    state = _json(_content(checkpoint, STATE))
+    kept = _section(state, "options")
+    options = _options(_content(run, "config.yaml"))
+    if kept and options and any(_option(kept, key) != _option(options, key) for key in _OWN):
+        run, options = None, {}
     config = _content(run, "config.yaml")
     manifest, summary = (_json(_content(run, name)) for name in ("manifest.json", "summary.json"))
     rows = [row for row in _lines(_content(run, "metrics.jsonl")) if row.get("step") == step]
-    state = _json(_content(checkpoint, STATE))
-    options, kept = _options(config), _section(state, "options")
     return Provenance(
         step=step,
         num_steps=summary.get("steps"),
         phase=str(manifest.get("phase") or state.get("phase") or ""),
-        options=options or kept,
-        options_from=f"the checkpoint's {STATE}" if kept and not options else "",
+        options=kept or options,
+        options_from=f"the checkpoint's {STATE}" if kept and kept != options else "",
         config_sha256=hashlib.sha256(config).hexdigest() if config else "",
         data_sha256=_section(manifest, "data_sha256") or _data_of(state),
         resharded_from=str(_json(_content(checkpoint, MANIFEST)).get("resharded_from", "")),
@@ -103,7 +109,7 @@ def model_card(provenance: Provenance, *, name: str) -> str:
     }
     method = _METHODS.get(at.phase)
     whose = "model that the configuration is of" if _is_random(at) else "base model"
-    return "\n".join(
+    text = "\n".join(
         [
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
@@ -126,6 +132,8 @@ def model_card(provenance: Provenance, *, name: str) -> str:
             "",
         ]
     )
+    # JSON can hold halves of characters, which no file can.
+    return text.encode(errors="replace").decode()
 
 
 def hub_id(path: str) -> str:
@@ -165,7 +173,7 @@ def _provenance_rows(at: Provenance) -> Iterator[tuple[str, str]]:
             continue
         value = _option(at.options, option)
         yield words, _UNKNOWN if value is None else str(value)
-    if "loss/nll" in at.metrics:
+    if _is_number(at.metrics.get("loss/nll")):
         yield "negative log-likelihood of the last batch", f"{at.metrics['loss/nll']:.4g}"
     packages = _section(at.manifest, "packages")
     yield "packages", ", ".join(f"{name} {v}" for name, v in packages.items()) or _UNKNOWN
@@ -182,20 +190,29 @@ def _evaluation(at: Provenance) -> Iterator[str]:
     scores = list(dict.fromkeys(key for row in shown for key in row if "/pass@" in key))
     header = ("step", "temperature", *(key.removeprefix("eval/") for key in scores))
     yield from _table(header, (_scores(row, scores, start=_start(at)) for row in shown))
-    interval = at.summary.get("gain_ci95")
-    if interval and at.num_steps == at.step:
+    gain, interval = at.summary.get("gain"), at.summary.get("gain_ci95")
+    if _is_interval(interval) and _is_number(gain) and at.num_steps == at.step:
         yield ""
         yield (
             f"Gain in pass@1 over the {_start(at)} at the same temperature: "
-            f"{100 * at.summary['gain']:+.1f} points, 95% interval {100 * interval[0]:+.1f} to "
+            f"{100 * gain:+.1f} points, 95% interval {100 * interval[0]:+.1f} to "
             f"{100 * interval[1]:+.1f} (paired bootstrap over problems)."
         )
 
 
 def _scores(row: Mapping[str, Any], keys: Sequence[str], *, start: str) -> list[str]:
     step = f"0 ({start})" if row["step"] == 0 else str(row["step"])
-    values = [f"{100 * row[key]:.1f}%" if key in row else "not evaluated" for key in keys]
-    return [step, f"{row.get('eval/temperature', 0.0):g}", *values]
+    values = [f"{100 * row[key]:.1f}%" if _is_number(row.get(key)) else _MISSING for key in keys]
+    temperature = row.get("eval/temperature", 0.0)
+    return [step, f"{temperature:g}" if _is_number(temperature) else _UNKNOWN, *values]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float)
+
+
+def _is_interval(value: Any) -> TypeGuard[Sequence[float]]:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
 
 def _table(header: Sequence[str], rows: Any) -> Iterator[str]:
@@ -226,7 +243,7 @@ def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _options(content: bytes) -> dict[str, Any]:
     try:
         value = yaml.safe_load(content)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

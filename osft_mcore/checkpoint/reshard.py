@@ -9,6 +9,7 @@ from torch import Tensor
 
 from osft_mcore import __version__
 from osft_mcore.checkpoint.assemble import (
+    Watched,
     copy_files,
     has_engine_names,
     layout_problems,
@@ -20,7 +21,7 @@ from osft_mcore.checkpoint.assemble import (
     write_contents,
     write_parts,
 )
-from osft_mcore.checkpoint.convert import checkpoint_fingerprint, joined, say_found
+from osft_mcore.checkpoint.convert import checkpoint_fingerprint, joined, say_broken, say_found
 from osft_mcore.checkpoint.dtypes import stored_dtypes, target_dtypes
 from osft_mcore.checkpoint.formats import check_rows, format_of, open_checkpoint
 from osft_mcore.checkpoint.index import INDEX, KINDS, Index, Kind, to_json
@@ -41,7 +42,7 @@ class Tensors:
     """All tensors of one kind, before they are written."""
 
     kind: Kind
-    source: CheckpointSource
+    source: Watched
     dtypes: Mapping[int, Mapping[str, torch.dtype]]
     """Shard -> parameter -> dtype."""
 
@@ -101,6 +102,7 @@ def reshard(
         opened.publish({**read_details(mcore), "resharded_from": str(mcore.resolve())})
     console.say(f"kinds of tensors: {', '.join(tensors.kind for tensors in kinds)}")
     console.say(f"carried along: {', '.join(others)}")
+    say_broken(_broken(kinds), opened.found, console)
 
 
 def _opened(mcore: Path, *, hashes: bool) -> tuple[ModelShape, Index]:
@@ -127,7 +129,12 @@ def _tensors(
     source = CheckpointSource(folder, index, kind)
     check_rows(source, shape, f"{folder}: {kind}")
     dtypes = target_dtypes(shards, stored_dtypes(source), None)
-    return Tensors(kind=kind, source=source, dtypes=dtypes)
+    return Tensors(kind=kind, source=Watched(source, shape, None), dtypes=dtypes)
+
+
+def _broken(kinds: Sequence[Tensors]) -> list[str]:
+    """What NaN or infinite values were read of."""
+    return [f"{tensors.kind} {name}" for tensors in kinds for name in tensors.source.broken]
 
 
 def _part(shard: int, layouts: Mapping[str, Layout], kinds: Sequence[Tensors]) -> Part:

@@ -18,6 +18,7 @@ from osft_mcore.checkpoint.formats import (
     config_folder,
     format_of,
     open_source,
+    training_state,
 )
 from osft_mcore.checkpoint.index import KINDS, MOMENTS, Index, Kind, Piece
 from osft_mcore.checkpoint.layout_check import check_layout
@@ -140,6 +141,7 @@ def _layout(folder: Path, hf_config: Path | None) -> str:
 def _weights(folder: Path, hf_config: Path | None) -> str:
     source, shape, model = open_source(folder, hf_config=hf_config)
     check_rows(source, shape, str(folder))
+    stored_dtypes(source)
     if format_of(folder) == "hf":
         check_tied_head(model)
     _check_values(source)
@@ -197,8 +199,11 @@ def _all_kinds(folder: Path, index: Index) -> str:
     source = CheckpointSource(folder, index)
     dtypes = {source.dtype(shard, name) for shard, at in source.layouts.items() for name in at}
     needed = [*MOMENTS, *(["master"] if dtypes != {torch.float32} else [])]
-    problems = [] if (folder / STATE).is_file() else [f"no {STATE} is there"]
-    problems += [f"no tensors of kind {kind} are there" for kind in needed if kind not in there]
+    problems = [f"no tensors of kind {kind} are there" for kind in needed if kind not in there]
+    if not (folder / STATE).is_file():
+        problems.append(f"no {STATE} is there")
+    elif (step := training_state(folder)["step"]) != (named := read_details(folder).get("step")):
+        problems.append(f"{STATE} is of step {step}, {MANIFEST} of step {named}")
     if problems:
         raise WeightError("\n".join(problems))
     return f"{STATE}, {', '.join(kind for kind in KINDS if kind in there)}"
@@ -220,7 +225,27 @@ def _rows_of_kind(folder: Path, index: Index, kind: Kind, hf_config: Path | None
     source = CheckpointSource(folder, index, kind)
     check_rows(source, shape, str(folder))
     _check_values(source, signed=kind != "exp_avg_sq")
+    dtypes = set(stored_dtypes(source).values())
+    if dtypes != {torch.float32}:
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise WeightError(f"stored as {names}; training keeps them in torch.float32")
+    if kind == "master":
+        _check_master(source, CheckpointSource(folder, index))
+        return "every row of every tensor; rounded, they are the weights"
     return "every row of every tensor"
+
+
+def _check_master(master: WeightSource, weights: WeightSource) -> None:
+    """A run goes on from the one in its first forward pass, from the other in its first update."""
+    problems = []
+    for shard, layouts in weights.layouts.items():
+        for param, layout in layouts.items():
+            copy = _copy(shard, param, layout, 0, layout.shape[layout.dim])
+            stored = weights.rows(copy)
+            if not torch.equal(master.rows(copy).to(stored.dtype), stored):
+                problems.append(f"{param} (shard {shard}) is not the weight of that name, rounded")
+    if problems:
+        raise WeightError("\n".join(problems))
 
 
 def _copies(folder: Path, kind: Kind) -> str:

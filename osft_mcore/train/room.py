@@ -37,7 +37,11 @@ def lacking_room(root: Path, needed: int, *, protected: Path | None = None) -> s
 
 def _spare(root: Path, protected: Path | None) -> str:
     """What no run goes on from by itself, with sizes; for the user to delete, or to keep."""
-    sizes = {path: _size(path) for path in _set_aside(root) if path.resolve() != protected}
+    sizes = {
+        path: _size(path)
+        for path in _set_aside(root)
+        if protected is None or not protected.is_relative_to(path.resolve())
+    }
     if not sizes:
         return ""
     largest = sorted(sizes, key=lambda path: (-sizes[path], path))
@@ -50,7 +54,7 @@ def _set_aside(root: Path) -> Iterator[Path]:
     for folder, pattern in ((root, _UNUSED), (root.parent, _UNFINISHED)):
         with suppress(OSError):
             for path in folder.iterdir():
-                if pattern.fullmatch(path.name) and path.is_dir():
+                if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                     yield path
 
 

@@ -34,6 +34,6 @@ def _broken(tensors: list[Tensor]) -> list[int]:
     if not filled:
         return []
     # A NaN is both the smallest and the largest. isfinite() would need a tensor of its own.
-    ends = [torch.stack(torch.aminmax(tensors[index])).float() for index in filled]
+    ends = [torch.stack(torch.aminmax(tensors[index])).double() for index in filled]
     finite = torch.stack(ends).isfinite().all(dim=1).tolist()
     return [index for index, fine in zip(filled, finite, strict=True) if not fine]

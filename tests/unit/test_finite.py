@@ -25,6 +25,10 @@ def test_every_place_is_looked_at(dtype: torch.dtype, value: float) -> None:
         assert not all_finite([*others, broken]), place
 
 
+def test_a_double_beyond_float32_is_finite() -> None:
+    assert all_finite([torch.tensor([1e300, -1e300], dtype=torch.float64)])
+
+
 def test_strided_parameters_are_read_where_they_are() -> None:
     memory = torch.zeros(4, 6)
     memory[:, 5] = math.nan

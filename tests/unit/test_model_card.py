@@ -171,21 +171,48 @@ def test_without_its_run_a_checkpoint_speaks_for_itself(checkpoint: Path) -> Non
         assert rows[unknown] == ["not recorded"]
 
 
-def test_the_run_is_asked_before_the_checkpoint(run: Path, checkpoint: Path) -> None:
-    rows = table(
-        model_card(read_provenance(run, step=4, checkpoint=checkpoint), name="x"), "Provenance"
-    )
+def provenance_of(run: Path, checkpoint: Path, **options: Any) -> dict[str, list[str]]:
+    """The card's rows, of a checkpoint whose state says `options` beside those of the run."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["options"] = {**yaml.safe_load(CONFIG), **options}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    card = model_card(read_provenance(run, step=4, checkpoint=checkpoint), name="x")
+    return table(card, "Provenance")
+
+
+def test_a_checkpoint_knows_its_own_options(run: Path, checkpoint: Path) -> None:
+    """config.yaml is that of the run's latest start, which may have changed some."""
+    rows = provenance_of(run, checkpoint)
     assert "options" not in rows
-    assert rows["seed"] == ["3"]
-    assert rows["sampling temperature"] == ["0.6"]
-    assert rows["SHA-256 of `train!a.parquet`"] == ["`feed`"]
-    assert "SHA-256 of `a!b`" not in rows
-    (run / "config.yaml").write_text("{[")
-    rows = table(
-        model_card(read_provenance(run, step=4, checkpoint=checkpoint), name="x"), "Provenance"
-    )
+    assert (rows["seed"], rows["learning rate"]) == (["3"], ["1e-07"])
+    rows = provenance_of(run, checkpoint, train={"lr": 5e-4})
     assert rows["options"] == ["from the checkpoint's state.json"]
+    assert rows["learning rate"] == ["0.0005"]
+    assert rows["SHA-256 of `train!a.parquet`"] == ["`feed`"]
+    (run / "config.yaml").write_text("{[")
+    assert provenance_of(run, checkpoint)["options"] == ["from the checkpoint's state.json"]
+
+
+def test_another_run_is_not_asked(run: Path, checkpoint: Path) -> None:
+    """A checkpoint that was copied under it says so by its seed, model or data."""
+    rows = provenance_of(run, checkpoint, seed=7)
     assert rows["seed"] == ["7"]
+    assert rows["packages"] == rows["SHA-256 of config.yaml"] == ["not recorded"]
+    assert "SHA-256 of `train!a.parquet`" not in rows
+
+
+@pytest.mark.parametrize("config", ["a: 2020-13-45", "[" * 3000])
+def test_what_is_damaged_is_left_out(run: Path, config: str) -> None:
+    (run / "config.yaml").write_text(config)
+    write_lines(run / "metrics.jsonl", [{"step": 8, "loss/nll": None}])
+    broken = {"step": 8, "eval/temperature": "x", "eval/math/pass@1": None}
+    write_lines(run / "evaluations.jsonl", [broken])
+    (run / "summary.json").write_text(json.dumps({"steps": 8, "gain": "x", "gain_ci95": [0, 1]}))
+    (run / "manifest.json").write_text(json.dumps({"git_commit": "\ud800"}))
+    card = model_card(read_provenance(run, step=8), name="x")
+    card.encode()
+    assert table(card, "Evaluation")["8 not recorded"] == ["not recorded", "not evaluated"]
+    assert table(card, "Provenance")["seed"] == ["not recorded"]
 
 
 @pytest.mark.parametrize("state", [b"", b"[]", b'{"step": 4, "options": 1, "identity": []}'])

@@ -43,6 +43,7 @@ def kinds_of(shape: ModelShape) -> dict[Kind, Tensors]:
     for seed, kind in enumerate(OPTIMIZER, 1):
         found[kind] = random_tensors(shape, seed, torch.float32)
     found["exp_avg_sq"] = {name: at.square() for name, at in found["exp_avg_sq"].items()}
+    found["weight"] = {name: at.bfloat16() for name, at in found["master"].items()}
     return found
 
 
@@ -250,6 +251,74 @@ def test_moments_that_cannot_be_are_named(
     lines = (f"{name.split('/')[2]} (shard 0) holds values that are {fault}",) if fault else ()
     assert problems.pop(kind, ()) == lines
     assert set(problems) <= {f"copies of {kind}"}
+
+
+def failed(step: Path) -> dict[str, tuple[str, ...]]:
+    """What verify has to say once manifest and files agree."""
+    rewrite(step, json.loads((step / INDEX).read_text()))
+    return {at.name: at.problems for at in verify(step, hf_config=None, hf=None) if at.problems}
+
+
+def test_fp32_copies_must_be_the_weights(hf: Path, tmp_path: Path) -> None:
+    step = save_step(tmp_path / "run", hf, TP2)
+    tensors = load_file(step / part_name(1))
+    name = "master/0/decoder.layers.0.mlp.linear_fc2.weight"
+    tensors[name][0] *= 1.5
+    save_file(tensors, step / part_name(1))
+    assert failed(step) == {
+        "master": (f"{name.split('/')[2]} (shard 0) is not the weight of that name, rounded",)
+    }
+
+
+def test_the_optimizers_tensors_must_be_exact(hf: Path, tmp_path: Path) -> None:
+    step = save_step(tmp_path / "run", hf, TP2)
+    for path in step.glob("*.safetensors"):
+        at = load_file(path)
+        save_file({n: t.bfloat16() if n.startswith("exp_avg/") else t for n, t in at.items()}, path)
+    line = "stored as torch.bfloat16; training keeps them in torch.float32"
+    assert failed(step) == {"exp_avg": (line,)}
+
+
+@pytest.mark.parametrize(
+    ("state", "fault"),
+    [
+        ({"step": STEP + 1}, f"state.json is of step {STEP + 1}, manifest.json of step {STEP}"),
+        ({"step": True}, "state.json is damaged: it does not say the step"),
+        ({}, "state.json is damaged: it does not say the step"),
+    ],
+)
+def test_the_state_must_be_of_the_step(
+    hf: Path, tmp_path: Path, state: dict[str, Any], fault: str
+) -> None:
+    step = save_step(tmp_path / "run", hf, TP2)
+    (step / "state.json").write_bytes(json_bytes(state))
+    ((name, (line,)),) = failed(step).items()
+    assert name == "training state"
+    assert line.endswith(fault)
+
+
+def test_rows_of_one_tensor_have_one_dtype(hf: Path, tmp_path: Path) -> None:
+    """A converter would refuse them."""
+    step = save_step(tmp_path / "run", hf, TP2)
+    at = load_file(step / part_name(0))
+    name = "weight/0/embedding.word_embeddings.weight"
+    save_file({**at, name: at[name].float()}, step / part_name(0))
+    assert "holds rows of model.embed_tokens.weight as" in failed(step)["weights"][0]
+
+
+def test_values_that_are_no_numbers_go_along_with_a_warning(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = save_step(tmp_path / "run", hf, TP2)
+    at = load_file(step / part_name(1))
+    name = "exp_avg/0/decoder.layers.0.mlp.linear_fc2.weight"
+    at[name][0] = float("nan")
+    save_file(at, step / part_name(1))
+    rewrite(step, json.loads((step / INDEX).read_text()))
+    out = tmp_path / "out"
+    reshard(step, out, topology=PP2, vocab_multiple=64, hashes=True, console=Console(enabled=True))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("WARNING: written with values that are NaN or infinite: exp_avg ")
 
 
 def rewrite(step: Path, index: Any) -> None:

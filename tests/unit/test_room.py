@@ -48,6 +48,10 @@ def test_what_the_run_does_not_need_is_named_largest_first(tmp_path: Path) -> No
         f"choose another output_dir; the run does not need {large} (3.0 MiB), {small} (1.0 MiB)"
     )
     assert f"{kept} " not in answer
+    inside = (large / "hf").resolve()
+    assert str(large) not in lacking_room(root, TOO_MUCH, protected=inside), "it holds what is used"
+    (run / "unfinished_9").symlink_to(tmp_path)
+    assert "unfinished_9" not in lacking_room(root, TOO_MUCH), "a link frees nothing"
 
 
 def test_many_folders_are_counted(tmp_path: Path) -> None:
