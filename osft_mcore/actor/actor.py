@@ -30,6 +30,7 @@ from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from osft_mcore.errors import CheckpointError
 from osft_mcore.loss.linear import TokenLoss, token_loss
+from osft_mcore.loss.objectives import token_objective
 from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
@@ -143,9 +144,17 @@ class Actor:
             for name, parameter in chunk.named_parameters()
         }
 
-    def update(self, examples: Sequence[Example], *, tau_sample: float, lr: float) -> UpdateResult:
+    def update(
+        self,
+        examples: Sequence[Example],
+        *,
+        tau_sample: float,
+        lr: float,
+        tau_train: float | None = None,
+    ) -> UpdateResult:
         """One optimizer update on the whole batch `examples`, which every rank passes alike.
 
+        `tau_sample`: of the examples' log-probabilities. `tau_train` None: algorithm.tau_train.
         No rank takes the step if the loss or a gradient is not finite on one of them.
         """
         set_learning_rate(self.optimizer, lr)
@@ -153,7 +162,8 @@ class Actor:
             for chunk in self.wrapped:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            parts = self._forward_backward(examples, tau_sample=tau_sample, forward_only=False)
+            taus = self._taus(tau_train, tau_sample)
+            parts = self._forward_backward(examples, taus, forward_only=False)
             grad_norm = gradient_norm(self.optimizer)
             result = self._result(parts, grad_norm=grad_norm)
             if not result.skipped:
@@ -178,11 +188,20 @@ class Actor:
                 "out of memory?"
             )
 
-    def score(self, examples: Sequence[Example], *, tau_sample: float) -> UpdateResult:
+    def score(
+        self, examples: Sequence[Example], *, tau_sample: float, tau_train: float | None = None
+    ) -> UpdateResult:
         """The same statistics without training."""
         with megatron_device(), torch.no_grad():
-            parts = self._forward_backward(examples, tau_sample=tau_sample, forward_only=True)
+            taus = self._taus(tau_train, tau_sample)
+            parts = self._forward_backward(examples, taus, forward_only=True)
         return self._result(parts, grad_norm=0.0)
+
+    def _taus(self, tau_train: float | None, tau_sample: float) -> "_Temperatures":
+        if tau_train is None:
+            assert not self.algorithm.follow_tau_sample, "the step's tau_sample is not known here"
+            tau_train = self.algorithm.tau_train
+        return _Temperatures(train=tau_train, sample=tau_sample)
 
     def training_state(self) -> list[StateTensor]:
         """The live tensors of weights and optimizer that this rank holds."""
@@ -213,7 +232,7 @@ class Actor:
             load_into(parameters, self.layouts[self.context.rank], self.model.path)
 
     def _forward_backward(
-        self, examples: Sequence[Example], *, tau_sample: float, forward_only: bool
+        self, examples: Sequence[Example], taus: "_Temperatures", *, forward_only: bool
     ) -> list["_Sums"]:
         topology = self.context.topology
         batches = micro_batches(
@@ -226,7 +245,7 @@ class Actor:
             max_response_tokens=self.max_response_tokens,
         )
         parts: list[_Sums] = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, tau_sample=tau_sample),
+            forward_step_func=partial(self._forward, taus=taus),
             # Every chunk sees every micro-batch.
             data_iterator=[iter(batches) for _ in self.wrapped],
             model=self.wrapped,
@@ -239,14 +258,14 @@ class Actor:
         return parts
 
     def _forward(
-        self, batches: Iterator[MicroBatch], model: Any, *, tau_sample: float
+        self, batches: Iterator[MicroBatch], model: Any, *, taus: "_Temperatures"
     ) -> tuple[Tensor, Any]:
         batch = next(batches).to(self.context.device)
         hidden = model(batch.tokens_BS, batch.positions_BS, None)
-        return hidden, partial(self._loss, batch, tau_sample)
+        return hidden, partial(self._loss, batch, taus)
 
     def _loss(
-        self, batch: MicroBatch, tau_sample: float, hidden_BSH: Tensor
+        self, batch: MicroBatch, taus: "_Temperatures", hidden_BSH: Tensor
     ) -> tuple[Tensor, Tensor, "_Sums"]:
         if self.sequence_parallel:
             # Its backward sums over ranks while it scatters: nobody else has to.
@@ -258,9 +277,9 @@ class Actor:
             hidden_BSH.flatten(0, 1)[batch.predictor_T],
             output_weight(self.chunks[-1]),
             batch.targets_T,
-            lambda logprobs_C, _, rows: -batch.weights_T[rows] * logprobs_C,
-            tau_train=self.algorithm.tau_train,
-            tau_sample=tau_sample,
+            token_objective(batch.weights_T, self.algorithm),
+            tau_train=taus.train,
+            tau_sample=taus.sample,
             vocab=self.shape.vocab,
             tp_group=self.context.tp_group,
             partial_hidden_grad=self.sequence_parallel,
@@ -314,6 +333,16 @@ _NUM_TOTALS = 6
 def _not_finite(figures: Mapping[str, float]) -> str:
     broken = [(name, value) for name, value in figures.items() if not math.isfinite(value)]
     return ", ".join(f"{name} is {value}" for name, value in broken)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Temperatures:
+    """Of one optimizer batch."""
+
+    train: float
+    """Of the loss."""
+    sample: float
+    """Of the log-probabilities that are held against the rollout engine's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

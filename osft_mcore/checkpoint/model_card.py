@@ -20,6 +20,7 @@ _METHODS: Final = {
     "sft": "supervised fine-tuning on given answers",
 }
 """By the command of the run."""
+_EM_FT: Final = "minimising its entropy over its own answers (EM-FT), without a reward"
 _HUB_FOLDER: Final = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _PLANNED: Final = (
     ("seed", "seed"),
@@ -107,7 +108,8 @@ def model_card(provenance: Provenance, *, name: str) -> str:
         **({"base_model": base} if base else {}),
         "tags": [*_TAGS, *(["online-sft"] if at.phase == "train" else [])],
     }
-    method = _METHODS.get(at.phase)
+    is_entropy = _option(at.options, "algorithm.objective") == "entropy"
+    method = _EM_FT if is_entropy else _METHODS.get(at.phase)
     whose = "model that the configuration is of" if _is_random(at) else "base model"
     text = "\n".join(
         [
@@ -172,6 +174,8 @@ def _provenance_rows(at: Provenance) -> Iterator[tuple[str, str]]:
         if at.phase == "sft" and option in _OF_SAMPLING:
             continue
         value = _option(at.options, option)
+        if option == "algorithm.tau_train" and _option(at.options, "algorithm.follow_tau_sample"):
+            value = "the sampling temperature of each step"
         yield words, _UNKNOWN if value is None else str(value)
     if _is_number(at.metrics.get("loss/nll")):
         yield "negative log-likelihood of the last batch", f"{at.metrics['loss/nll']:.4g}"

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
 
+from osft_mcore.config.check_algorithm import algorithm_problems
 from osft_mcore.config.divide import divides, divisors, listed, nearest, tensor_parallel_problems
 from osft_mcore.config.duration import seconds
 from osft_mcore.config.model_shape import FAMILIES, ModelShape, read_model_shape
@@ -43,6 +44,7 @@ def check(
         *_world(config, world_size),
         *_batches(config, phase),
         *_optional_parts(config, phase),
+        *algorithm_problems(config.algorithm, samples=samples),
     ]
     if samples:
         problems += _rollout_world(config, world_size)

@@ -87,10 +87,18 @@ class RolloutConfig:
 @with_config(extra="forbid")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
-    """The objective: cross-entropy of the model's own answers at tau_train."""
+    """What an update minimises, over the tokens of the model's own answers."""
 
+    objective: Literal["cross_entropy", "entropy"] = "cross_entropy"
+    """`cross_entropy`: of the answers' tokens. `entropy` (EM-FT): of the model where it predicts
+    them, whichever token was sampled there."""
+    entropy_coef: float = 1.0
+    """Multiplies the objective `entropy`."""
     tau_train: float = 1.0
-    """Temperature of the loss. Independent of rollout.tau_sample."""
+    """Temperature of the loss. Independent of rollout.tau_sample, unless follow_tau_sample."""
+    follow_tau_sample: bool = False
+    """The temperature of the loss is the sampling temperature of the step, annealed or not;
+    tau_train is then left out."""
     aggregation: Literal[
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     ] = "token-mean"

@@ -1,12 +1,17 @@
-"""How token losses become one loss: a weight for every response token, known in advance.
+"""What is minimised: the loss of a token, and the weight that it has in the loss of the batch.
 
 Every aggregation of the reference systems is a weighted sum of token losses whose weights depend
 on lengths only, so they are computed once from the whole optimizer batch, and the loss of a
-micro-batch is a plain dot product.
+micro-batch is a plain dot product. Shape suffixes: T tokens, C tokens of one chunk.
 """
 
 from collections.abc import Sequence
 from typing import Literal
+
+from torch import Tensor
+
+from osft_mcore.config.schema import AlgorithmConfig
+from osft_mcore.loss.linear import Objective
 
 Aggregation = Literal[
     "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
@@ -72,3 +77,18 @@ def batch_weights(
         )
     )
     return [[next(flat) for _ in lengths] for lengths in groups]
+
+
+def token_objective(weights_T: Tensor, algorithm: AlgorithmConfig) -> Objective:
+    """The objective that `algorithm` names, for tokens with weights w in the loss.
+
+    With lp_t = log softmax(z_t / tau)[y_t] and H_t the entropy of softmax(z_t / tau), in nats:
+    cross_entropy: sum_t w_t (-lp_t); entropy: entropy_coef * sum_t w_t H_t, where the sampled
+    tokens are constants: the gradient passes through H alone.
+    """
+    match algorithm.objective:
+        case "cross_entropy":
+            return lambda logprobs_C, _, rows: -weights_T[rows] * logprobs_C
+        case "entropy":
+            coef = algorithm.entropy_coef
+            return lambda _, entropy_C, rows: coef * weights_T[rows] * entropy_C

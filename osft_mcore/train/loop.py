@@ -17,7 +17,7 @@ from osft_mcore.records import Example, Prompt, Response, Sampling
 from osft_mcore.rollout.engine import RolloutEngine, reported_temperature
 from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
-from osft_mcore.train.schedules import learning_rate, sampling_temperature
+from osft_mcore.train.schedules import learning_rate, sampling_temperature, train_temperature
 from osft_mcore.train.skipped import SkippedUpdates, answer_rows
 from osft_mcore.train.step_metrics import (
     push_metrics,
@@ -126,7 +126,12 @@ class OsftLoop:
                     "algorithm.train_on_truncated is false, so there is nothing to train on; "
                     "change one of the two"
                 )
-            update = self.actor.update(examples[start : start + size], tau_sample=gate_tau, lr=lr)
+            update = self.actor.update(
+                examples[start : start + size],
+                tau_train=train_temperature(cfg.algorithm, tau),
+                tau_sample=gate_tau,
+                lr=lr,
+            )
             self.skipped.note(
                 update,
                 answer_rows(responses[start : start + size], tokens=cfg.logging.rollouts),
@@ -209,7 +214,7 @@ class OsftLoop:
         cfg = self.config
         record = {
             "rollout/tau_sample": tau,
-            "loss/tau_train": cfg.algorithm.tau_train,
+            "loss/tau_train": train_temperature(cfg.algorithm, tau),
             "optim/lr": learning_rate(cfg.train, step=step, total_steps=self.num_steps),
             **response_metrics(responses),
             **update_metrics(updates),

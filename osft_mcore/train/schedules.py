@@ -1,8 +1,8 @@
-"""Sampling temperature and learning rate, as pure functions of the step (counted from 1)."""
+"""Temperatures and learning rate, as pure functions of the step (counted from 1)."""
 
 import math
 
-from osft_mcore.config.schema import AnnealingConfig, TrainConfig
+from osft_mcore.config.schema import AlgorithmConfig, AnnealingConfig, TrainConfig
 
 
 def sampling_temperature(
@@ -30,6 +30,11 @@ def sampling_temperature(
         return tau_sample + (annealing.end_tau - tau_sample) * progress
     remaining = 0.5 * (1 + math.cos(math.pi * progress))
     return annealing.end_tau - (annealing.end_tau - tau_sample) * remaining
+
+
+def train_temperature(algorithm: AlgorithmConfig, tau_sample: float) -> float:
+    """Temperature of the loss in a step whose answers were sampled at `tau_sample`."""
+    return tau_sample if algorithm.follow_tau_sample else algorithm.tau_train
 
 
 def learning_rate(train: TrainConfig, *, step: int, total_steps: int) -> float:

@@ -106,7 +106,12 @@ class SftLoop:
                 lr = learning_rate(cfg.train, step=step, total_steps=self.num_steps)
                 with self.clock("train"):
                     updates = self.train_on(self.batch(step), step, lr)
-                record = {"optim/lr": lr, **update_metrics(updates), **self.clock.flush()}
+                record = {
+                    "loss/tau_train": cfg.algorithm.tau_train,
+                    "optim/lr": lr,
+                    **update_metrics(updates),
+                    **self.clock.flush(),
+                }
                 self.metrics.write(step, record)
                 progress.finished(step, shown(record, "loss/nll", "optim/lr"))
                 self.edge.passed(step, sound=not self.skipped.any)

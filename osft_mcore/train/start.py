@@ -268,7 +268,10 @@ def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_ste
     )
     kernels = ", ".join(f"{part}: {kernel}" for part, kernel in kernels_in_use().items())
     console.say(f"kernels: {kernels}")
+    algorithm = config.algorithm
+    tau_train = "the same" if algorithm.follow_tau_sample else f"{algorithm.tau_train:g}"
+    entropy = ", objective entropy" if algorithm.objective == "entropy" else ""
     console.say(
         f"tau_sample {rollout.tau_sample:g} (annealing {rollout.annealing.mode}), "
-        f"tau_train {config.algorithm.tau_train:g}, lr {config.train.lr:g}, {num_steps} steps"
+        f"tau_train {tau_train}{entropy}, lr {config.train.lr:g}, {num_steps} steps"
     )

@@ -9,6 +9,7 @@ from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.loop import OsftLoop
+from osft_mcore.train.schedules import train_temperature
 from osft_mcore.weights.alias import delivery_lines
 
 
@@ -23,7 +24,7 @@ def summarise(
     summary: dict[str, Any] = {
         "steps": loop.num_steps,
         "tau_sample": cfg.rollout.tau_sample,
-        "tau_train": cfg.algorithm.tau_train,
+        "tau_train": train_temperature(cfg.algorithm, cfg.rollout.tau_sample),
         "actor_layout": {
             "tp": topology.tp,
             "pp": topology.pp,

@@ -132,11 +132,13 @@ def sample_before_updates(_rank: int, start: Start, out: Path) -> list[str]:
     with open_loop(config, context, Console(enabled=False), build_torch_engine) as loop:
         real_update, refusals = loop.actor.update, []
 
-        def update(examples: Sequence[Example], *, tau_sample: float, lr: float) -> UpdateResult:
+        def update(
+            examples: Sequence[Example], *, tau_train: float, tau_sample: float, lr: float
+        ) -> UpdateResult:
             with pytest.raises(WeightError) as refused:
                 loop.engine.generate(loop.batch(1), loop.sampling(1, tau_sample))
             refusals.append(str(refused.value))
-            return real_update(examples, tau_sample=tau_sample, lr=lr)
+            return real_update(examples, tau_train=tau_train, tau_sample=tau_sample, lr=lr)
 
         loop.actor.update = update
         loop.sync.push()

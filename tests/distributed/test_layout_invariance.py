@@ -41,6 +41,7 @@ NUM_STEPS = 3
 # Adam's first steps are lr * sign(gradient): an element whose gradient is all rounding noise moves
 # by up to lr in either direction, so the bound on weights (1e-5) needs an lr near it.
 LR = 1e-4
+ENTROPY = AlgorithmConfig(objective="entropy", entropy_coef=2.0, tau_train=0.8)
 
 
 def examples(num: int, vocab: int) -> list[Example]:
@@ -161,6 +162,19 @@ def test_aggregations_are_layout_independent(model: Path, tmp_path: Path, aggreg
     algorithm = AlgorithmConfig(aggregation=aggregation, tau_train=0.8)
     one = run(model, tmp_path / "one", (1, 1, 1, 1, 8), algorithm)
     assert_same(run(model, tmp_path / "two", (2, 1, 1, 2, 2), algorithm), one)
+
+
+@pytest.fixture(scope="module")
+def entropy_reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(model, tmp_path_factory.mktemp("entropy") / "hf", LAYOUTS[0], ENTROPY)
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 1, 1, 2), (1, 2, 1, 1, 1)], ids=str)
+def test_the_entropy_is_layout_independent(
+    model: Path, reference: Any, entropy_reference: Any, tmp_path: Path, layout: Layout
+) -> None:
+    assert_same(run(model, tmp_path / "hf", layout, ENTROPY), entropy_reference)
+    assert entropy_reference[0][0] != pytest.approx(reference[0][0], rel=1e-2)
 
 
 def test_per_microbatch_averaging_depends_on_the_split(model: Path, tmp_path: Path) -> None:

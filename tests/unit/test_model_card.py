@@ -228,3 +228,13 @@ def test_only_a_hub_cache_names_a_model_of_the_hub() -> None:
     assert hub_id(BASE) == "Qwen/Qwen2.5-Math-7B"
     assert hub_id("/models/Qwen/Qwen2.5-Math-7B") == ""
     assert hub_id("runs/sft/hf") == ""
+
+
+def test_entropy_minimisation_is_named(run: Path) -> None:
+    entropy = "algorithm:\n  objective: entropy\n  follow_tau_sample: true"
+    (run / "config.yaml").write_text(CONFIG.replace("algorithm:", entropy))
+    card = model_card(read_provenance(run, step=8), name="x")
+    assert "minimising its entropy" in card
+    assert "low temperature" not in card
+    rows = table(card, "Provenance")
+    assert rows["training temperature"] == ["the sampling temperature of each step"]
