@@ -102,11 +102,21 @@ class _Plan:
     partial_hidden_grad: bool
     trains: bool
 
-    def chunks(self, num_tokens: int) -> Iterator[slice]:
+    @property
+    def chunk_size(self) -> int:
         """Tokens whose logits exist at once."""
-        size = max(LEAST_CHUNK, CHUNK_ELEMENTS // max(self.num_rows, 1))
+        return max(LEAST_CHUNK, CHUNK_ELEMENTS // max(self.num_rows, 1))
+
+    def chunks(self, num_tokens: int) -> Iterator[slice]:
+        """All tokens, `chunk_size` at a time."""
+        size = self.chunk_size
         # At least one, so that no tokens at all are not a case of their own.
         return (slice(at, min(at + size, num_tokens)) for at in range(0, max(num_tokens, 1), size))
+
+    def buffers(self, hidden_TH: Tensor) -> Tensor:
+        """Two of a chunk's logits [2, C, V], for all chunks: fresh memory costs page faults."""
+        size = min(self.chunk_size, hidden_TH.shape[0])
+        return hidden_TH.new_empty((2, size, self.num_real), dtype=widened(hidden_TH.dtype))
 
 
 class _Statistics(NamedTuple):
@@ -139,9 +149,12 @@ class _TokenLoss(torch.autograd.Function):
         kept = _Kept.empty(hidden_TH, weight_VH) if plan.trains and not plan.recompute else None
         loss = hidden_TH.new_zeros((), dtype=exact)
         parts: list[tuple[_Statistics, _Slopes]] = []
+        buffers_2CV = plan.buffers(hidden_TH)
         for rows in plan.chunks(hidden_TH.shape[0]):
-            below_CV, max_C = _below_max(logits(hidden_TH[rows], weight))
-            statistics, exp_CV = _statistics(below_CV, max_C, local_targets_T[rows], plan)
+            below_CV, exp_CV = buffers_2CV[:, : rows.stop - rows.start]
+            logits(hidden_TH[rows], weight, out_CV=below_CV)
+            max_C = _below_max(below_CV)
+            statistics = _statistics(below_CV, exp_CV, max_C, local_targets_T[rows], plan)
             losses_C, slopes = _slopes(plan, statistics, rows)
             loss += losses_C.sum()
             parts.append((statistics, slopes))
@@ -210,14 +223,17 @@ def _recomputed(ctx: Any) -> _Kept:
     plan: _Plan = ctx.plan
     weight = ctx.weight[: plan.num_real]
     kept = _Kept.empty(hidden_TH, ctx.weight)
+    buffers_2CV = plan.buffers(hidden_TH)
     for rows in plan.chunks(hidden_TH.shape[0]):
         statistics = _Statistics(*(at_T[rows] for at_T in ctx.statistics))
         by_entropy_T = ctx.slopes.by_entropy_C
         slopes = _Slopes(
             ctx.slopes.by_logprob_C[rows], None if by_entropy_T is None else by_entropy_T[rows]
         )
-        below_CV = logits(hidden_TH[rows], weight).sub_(statistics.max_C[:, None])
-        exp_CV = torch.mul(below_CV, 1 / plan.tau_train).exp_()
+        below_CV, exp_CV = buffers_2CV[:, : rows.stop - rows.start]
+        logits(hidden_TH[rows], weight, out_CV=below_CV)
+        below_CV.sub_(statistics.max_C[:, None])
+        torch.mul(below_CV, 1 / plan.tau_train, out=exp_CV).exp_()
         _into_logit_gradient(
             exp_CV, below_CV, local_targets_T[rows], statistics, slopes, plan.tau_train
         )
@@ -225,19 +241,20 @@ def _recomputed(ctx: Any) -> _Kept:
     return kept
 
 
-def _below_max(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """d, in place of z, and the largest z."""
+def _below_max(logits_CV: Tensor) -> Tensor:
+    """Put d in place of z; the largest z."""
     if logits_CV.shape[1] == 0:
-        return logits_CV, logits_CV.new_full((logits_CV.shape[0],), _LOWEST)
+        return logits_CV.new_full((logits_CV.shape[0],), _LOWEST)
     max_C = logits_CV.amax(dim=1)
-    return logits_CV.sub_(max_C[:, None]), max_C
+    logits_CV.sub_(max_C[:, None])
+    return max_C
 
 
 def _statistics(
-    below_CV: Tensor, max_C: Tensor, local_targets_C: Tensor, plan: _Plan
-) -> tuple[_Statistics, Tensor]:
-    """Over all shards; and this shard's exp(d / tau_train). One collective."""
-    exp_CV = torch.mul(below_CV, 1 / plan.tau_sample).exp_()
+    below_CV: Tensor, exp_CV: Tensor, max_C: Tensor, local_targets_C: Tensor, plan: _Plan
+) -> _Statistics:
+    """Over all shards; exp_CV becomes this shard's exp(d / tau_train). One collective."""
+    torch.mul(below_CV, 1 / plan.tau_sample, out=exp_CV).exp_()
     sum_sample_C = exp_CV.sum(dim=1)
     torch.mul(below_CV, 1 / plan.tau_train, out=exp_CV).exp_()
     sum_train_C = exp_CV.sum(dim=1)
@@ -250,7 +267,7 @@ def _statistics(
     own_6C = torch.stack(
         [max_C, sum_train_C, weighted_C, sum_sample_C, target_C, mine_C.to(max_C.dtype)]
     )
-    return _over_shards(own_6C, plan), exp_CV
+    return _over_shards(own_6C, plan)
 
 
 def _own_targets(local_targets_C: Tensor, below_CV: Tensor) -> tuple[Tensor, Tensor]:

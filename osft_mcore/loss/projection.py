@@ -19,18 +19,17 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def logits(hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
-    """hidden @ weight.T, [C, V] in the widened dtype."""
-    exact = widened(weight_VH.dtype)
+def logits(hidden_CH: Tensor, weight_VH: Tensor, *, out_CV: Tensor) -> None:
+    """hidden @ weight.T into out_CV, of the widened dtype."""
+    exact = out_CV.dtype
     if weight_VH.dtype == exact:
-        return hidden_CH.to(exact) @ weight_VH.T
-    if weight_VH.is_cuda:
-        return torch.mm(hidden_CH, weight_VH.T, out_dtype=exact)
-    hidden_CH = hidden_CH.to(exact)
-    out_CV = hidden_CH.new_empty((hidden_CH.shape[0], weight_VH.shape[0]))
-    for rows, block_VH in _blocks(weight_VH, exact):
-        out_CV[:, rows] = hidden_CH @ block_VH.T
-    return out_CV
+        torch.mm(hidden_CH.to(exact), weight_VH.T, out=out_CV)
+    elif weight_VH.is_cuda:
+        torch.mm(hidden_CH, weight_VH.T, out_dtype=exact, out=out_CV)
+    else:
+        hidden_CH = hidden_CH.to(exact)
+        for rows, block_VH in _blocks(weight_VH, exact):
+            out_CV[:, rows] = hidden_CH @ block_VH.T
 
 
 def hidden_gradient(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""Runs a measurement on ranks of its own, on this machine, and brings back its result."""
+
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from sync_benchmark.quiet import silence_libraries
+from torch import multiprocessing
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from osft_mcore.parallel.groups import ParallelContext, parallel_context
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.parallel.world import end_with_parent
+
+TIMEOUT_MINUTES: Final = 15.0
+"""Of one measurement: long enough for any, short enough for a machine that began to swap."""
+
+Measurement = Callable[[ParallelContext], Any]
+"""Runs on every rank; what it returns goes into JSON. Can be pickled."""
+
+
+def on_ranks(tp: int, measurement: Measurement) -> Any:
+    """What `measurement` returns on rank 0 of `tp` new processes.
+
+    Raises ProcessRaisedException with the traceback of a rank that failed, and TimeoutError.
+    """
+    # Forked ranks need not import Megatron again; where there is CUDA, a fork could not use it.
+    how = "spawn" if torch.cuda.is_available() else "fork"
+    with tempfile.TemporaryDirectory() as name:
+        result, port = Path(name) / "result.json", _free_port()
+        ranks = multiprocessing.start_processes(  # type: ignore[attr-defined, no-untyped-call]
+            _run_rank, args=(tp, port, measurement, result), nprocs=tp, start_method=how, join=False
+        )
+        # Here and not on rank 0, which would take the store along when it ends first. After the
+        # fork: a rank would inherit locks that the store's threads hold at that moment.
+        store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+        deadline = time.monotonic() + 60 * TIMEOUT_MINUTES
+        while not ranks.join(timeout=1.0):
+            if time.monotonic() > deadline:
+                for process in ranks.processes:
+                    process.kill()
+                    process.join()
+                raise TimeoutError(
+                    f"found no result after {TIMEOUT_MINUTES:g} minutes; lower --tokens or "
+                    "--hidden, or free the machine's memory and cores"
+                )
+        del store
+        return json.loads(result.read_text(encoding="utf-8"))
+
+
+def machine() -> str:
+    """What the ranks run on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, NCCL"
+    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} torch thread a rank, gloo"
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def _run_rank(rank: int, tp: int, port: int, measurement: Measurement, result: Path) -> None:
+    end_with_parent()
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(tp),
+        LOCAL_WORLD_SIZE=str(tp),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        # What tells torch.distributed that the store is the launcher's.
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
+    )
+    # Standard output is for the table; libraries talk on their own terms.
+    os.dup2(2, 1)
+    silence_libraries()
+    with parallel_context(Topology(tp=tp, pp=1, dp=1), timeout_minutes=TIMEOUT_MINUTES) as context:
+        found = measurement(context)
+    if rank == 0:
+        result.write_text(json.dumps(found), encoding="utf-8")
