@@ -140,8 +140,8 @@ def _moments(inner: Any, main: Tensor) -> dict[str, Tensor]:
         moments["exp_avg"] = torch.zeros_like(main)
         moments["exp_avg_sq"] = torch.zeros_like(main)
     if _counts_by_parameter(inner) and "step" not in moments:
-        # As torch's own Adam starts: a float on the host.
-        moments["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        # As torch's fused Adam starts: a float beside the weights.
+        moments["step"] = torch.zeros((), dtype=torch.float32, device=main.device)
     return moments
 
 

@@ -34,7 +34,7 @@ def kernels_in_use() -> dict[str, str]:
     """Which implementation serves each part of the actor, for the start-up report."""
     engine = uses_transformer_engine()
     apex = importlib.util.find_spec("amp_C") is not None
-    adam = "torch AdamW"
+    adam = "torch AdamW, fused"
     if torch.cuda.is_available():
         adam = "Transformer Engine FusedAdam" if engine else "apex FusedAdam" if apex else adam
     return {

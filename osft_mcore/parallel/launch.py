@@ -89,6 +89,8 @@ def _start(
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     environment = {
         "OMP_NUM_THREADS": str(threads),
+        # torch on CPU maps large tensors anew each time: in huge pages that costs a tenth as much.
+        "THP_MEM_ALLOC_ENABLE": "1",
         # vLLM's CPU build warns about the memory binding of every rank.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         # Python frees the shared memory of ranks that were ended, and would complain about it.
