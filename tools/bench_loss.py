@@ -36,8 +36,8 @@ def main() -> int:
         parser.error(str(error))
     silence_libraries()
     # Late, because importing Megatron-Core takes seconds that --help should not.
-    from loss_benchmark.ranks import machine
     from loss_benchmark.rows import growth_lines, run_case, table_head, table_line
+    from sync_benchmark.place import machine
 
     print(*left_out(args.tp), sep="\n", file=sys.stderr)
     if args.json:

@@ -53,7 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12, help="default 12: 200M parameters")
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--tokens", type=int, default=256, help="of an update, default 256")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=256,
+        help="of an update, default 256: with far more, its noise hides a save",
+    )
     parser.add_argument("--steps", type=int, default=2, help="updates of a loop, default 2")
     parser.add_argument("--rounds", type=int, default=11, help="loops of each way, default 11")
     parser.add_argument("--json", action="store_true", help="print a JSON list of the rows")

@@ -31,7 +31,8 @@ def main() -> int:
     )
     silence_libraries()
     # Late, because importing vLLM takes seconds that --help should not.
-    from sync_benchmark.ranks import machine, run_case
+    from sync_benchmark.place import machine
+    from sync_benchmark.ranks import run_case
     from sync_benchmark.rows import as_json, table_head, table_line
 
     if args.json:

@@ -1,8 +1,6 @@
 """Runs a measurement on ranks of its own, on this machine, and brings back its result."""
 
 import json
-import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,13 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from sync_benchmark.quiet import silence_libraries
+from sync_benchmark.place import free_port, take_place
 from torch import multiprocessing
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from osft_mcore.parallel.groups import ParallelContext, parallel_context
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.parallel.world import end_with_parent
 
 TIMEOUT_MINUTES: Final = 15.0
 """Of one measurement: long enough for any, short enough for a machine that began to swap."""
@@ -33,7 +30,7 @@ def on_ranks(tp: int, measurement: Measurement) -> Any:
     # Forked ranks need not import Megatron again; where there is CUDA, a fork could not use it.
     how = "spawn" if torch.cuda.is_available() else "fork"
     with tempfile.TemporaryDirectory() as name:
-        result, port = Path(name) / "result.json", _free_port()
+        result, port = Path(name) / "result.json", free_port()
         ranks = multiprocessing.start_processes(  # type: ignore[attr-defined, no-untyped-call]
             _run_rank, args=(tp, port, measurement, result), nprocs=tp, start_method=how, join=False
         )
@@ -54,35 +51,8 @@ def on_ranks(tp: int, measurement: Measurement) -> Any:
         return json.loads(result.read_text(encoding="utf-8"))
 
 
-def machine() -> str:
-    """What the ranks run on, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, NCCL"
-    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} torch thread a rank, gloo"
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
-
-
 def _run_rank(rank: int, tp: int, port: int, measurement: Measurement, result: Path) -> None:
-    end_with_parent()
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(tp),
-        LOCAL_WORLD_SIZE=str(tp),
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-        # What tells torch.distributed that the store is the launcher's.
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
-    )
-    # Standard output is for the table; libraries talk on their own terms.
-    os.dup2(2, 1)
-    silence_libraries()
+    take_place(rank, tp, port)
     with parallel_context(Topology(tp=tp, pp=1, dp=1), timeout_minutes=TIMEOUT_MINUTES) as context:
         found = measurement(context)
     if rank == 0:
