@@ -1,9 +1,7 @@
 """The trained model on this rank: weights, forward and backward, optimizer updates."""
 
 import math
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,6 @@ from osft_mcore.actor.restore import restore
 from osft_mcore.actor.training_state import StateTensor, adam_step, set_adam_step, training_state
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
-from osft_mcore.errors import CheckpointError
 from osft_mcore.loss.linear import TokenLoss, token_loss
 from osft_mcore.loss.objectives import token_objective
 from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
@@ -99,7 +96,7 @@ class Actor:
         self.model, self.train, self.algorithm = model, train, algorithm
         self.max_response_tokens = max_response_tokens
         self.sequence_parallel = parallel.sequence_parallel
-        self._reader: tuple[threading.Event, float] | None = None
+        self._before_step: Callable[[], None] | None = None
         self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
         # Alone it would share with nobody, and copy all gradients and weights each update.
         distributed = parallel.distributed_optimizer and context.topology.dp > 1
@@ -167,26 +164,18 @@ class Actor:
             grad_norm = gradient_norm(self.optimizer)
             result = self._result(parts, grad_norm=grad_norm)
             if not result.skipped:
-                self._wait_for_reader()
+                self._let_readers_finish()
                 take_step(self.optimizer, grad_norm=grad_norm)
         return result
 
-    def hold_for(self, read: threading.Event, *, deadline: float) -> None:
-        """Somebody reads the training state: the next optimizer step waits until `read` is set.
+    def call_before_step(self, call: Callable[[], None]) -> None:
+        """Somebody reads the training state: call this once, before the next optimizer step."""
+        self._before_step = call
 
-        `deadline` in seconds of time.monotonic(); then the step raises CheckpointError.
-        """
-        self._reader = (read, deadline)
-
-    def _wait_for_reader(self) -> None:
-        if self._reader is None:
-            return
-        (read, deadline), self._reader = self._reader, None
-        if not read.wait(max(0.0, deadline - time.monotonic())):
-            raise CheckpointError(
-                "the training state was not copied within checkpoint.timeout_minutes; is the host "
-                "out of memory?"
-            )
+    def _let_readers_finish(self) -> None:
+        call, self._before_step = self._before_step, None
+        if call is not None:
+            call()
 
     def score(
         self, examples: Sequence[Example], *, tau_sample: float, tau_train: float | None = None

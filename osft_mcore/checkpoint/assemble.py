@@ -28,7 +28,7 @@ from osft_mcore.weights.finite import all_finite
 from osft_mcore.weights.layout import Layout, Layouts
 from osft_mcore.weights.params import hf_tensors, megatron_layouts
 from osft_mcore.weights.plan import Copy
-from osft_mcore.weights.safetensors_stream import TensorSpec, write_safetensors
+from osft_mcore.weights.safetensors_stream import TensorSpec, Values, write_safetensors
 from osft_mcore.weights.source import WeightSource
 
 LINES: Final = 10
@@ -256,9 +256,9 @@ def _moved(source: Path, target: Path) -> FileRecord:
 
 
 def _write_part(part: Part, progress: StepProgress, done: int, path: Path) -> FileRecord:
-    def counted() -> Iterator[Tensor]:
-        for number, tensor in enumerate(part.tensors(), done + 1):
-            yield tensor
+    def counted() -> Iterator[Values]:
+        for number, values in enumerate(part.tensors(), done + 1):
+            yield values
             progress.finished(number, {})
 
     return write_safetensors(path, part.specs, counted())

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from torch import Tensor
-
 from osft_mcore.checkpoint.folder import checkpoints_in, delete, expired, publish
 from osft_mcore.checkpoint.manifest import write_manifest
 from osft_mcore.errors import CheckpointError
 from osft_mcore.files import FileRecord, flush, json_bytes, parse_json, write_file
-from osft_mcore.weights.safetensors_stream import TensorSpec, write_safetensors
+from osft_mcore.weights.safetensors_stream import TensorSpec, Values, write_safetensors
 
 RECEIPTS: Final = "receipts"
 POLL_S: Final = 0.05
@@ -27,7 +25,7 @@ class Part:
 
     file: str
     specs: Sequence[TensorSpec]
-    tensors: Callable[[], Iterable[Tensor]]
+    tensors: Callable[[], Iterable[Values]]
     """Values in the order of `specs`."""
 
 
@@ -68,14 +66,10 @@ def write_part(building: Path, part: Part) -> None:
         # Away with it first: the receipt may need the room.
         path.unlink(missing_ok=True)
         needed = sum(spec.num_bytes for spec in part.specs)
-        raise failed_part(building, part.file, _reason(error, path, needed)) from error
-
-
-def failed_part(building: Path, file: str, reason: str) -> CheckpointError:
-    """The error to raise for a part that will not come; rank 0, which waits for it, is told."""
-    with suppress(OSError):
-        _write_receipt(building, file, {"error": reason})
-    return CheckpointError(reason)
+        reason = _reason(error, path, needed)
+        with suppress(OSError):
+            _write_receipt(building, part.file, {"error": reason})
+        raise CheckpointError(reason) from error
 
 
 def write_rest(building: Path, rest: Rest, *, deadline: float) -> Path:
@@ -149,7 +143,7 @@ def _read_receipt(path: Path) -> FileRecord:
 
 def _reason(error: Exception, path: Path, needed: int) -> str:
     """What went wrong, with the room that is left."""
-    text = f"{path}: {error!r}"
+    text = f"{path}: {error if isinstance(error, CheckpointError) else repr(error)}"
     if isinstance(error, OSError) and error.errno is not None:
         text = f"{path}: {os.strerror(error.errno)}"
     with suppress(OSError):

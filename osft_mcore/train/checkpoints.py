@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,12 +19,12 @@ from osft_mcore.checkpoint.index import INDEX, Index, Piece, to_json
 from osft_mcore.checkpoint.save import (
     Part,
     Rest,
-    failed_part,
     part_name,
     readable,
     write_part,
     write_rest,
 )
+from osft_mcore.checkpoint.snapshot import Snapshot
 from osft_mcore.config.schema import CheckpointConfig
 from osft_mcore.errors import CheckpointError
 from osft_mcore.files import json_bytes
@@ -34,7 +33,7 @@ from osft_mcore.parallel.groups import all_gather_json
 from osft_mcore.parallel.rng import rng_state
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.room import lacking_room
-from osft_mcore.weights.safetensors_stream import TensorSpec
+from osft_mcore.weights.safetensors_stream import TensorSpec, Values
 
 ROOM: Final = 1.02
 """Index, state and tokenizer come on top of the tensors."""
@@ -69,7 +68,7 @@ class Checkpoints:
         self._root, self._config, self._actor, self._console = root, config, actor, console
         self._protected = protected
         self._job = BackgroundJob(background=config.async_)
-        self._host: list[Tensor] = []
+        self._host: dict[int, Tensor] = {}
         self._failures = 0
         self._pending: int | None = None
         self._expire = True
@@ -199,44 +198,18 @@ class Checkpoints:
         if not self._config.async_:
             self._job.start(lambda: self._write(step, state, lambda: (t.cpu() for t in live)))
             return
-        copied = threading.Event()
-        snapshot = partial(self._copy_to_host, live, _mark(self._actor.context.device))
-
-        def job() -> None:
-            try:
-                snapshot()
-            except Exception as error:
-                reason = f"rank {self._actor.context.rank} cannot copy its state: {error!r}"
-                raise failed_part(self._building(step), self._file, reason) from error
-            finally:
-                copied.set()
-            self._write(step, state, lambda: self._host)
-
         # Not copied here: forward and backward of the next step only read, and can go on.
-        self._actor.hold_for(copied, deadline=self._deadline)
-        self._job.start(job)
+        snapshot = Snapshot(live, self._host)
+        read_gpu = _gpu_reader(snapshot, self._actor.context.device, deadline=self._deadline)
 
-    def _copy_to_host(self, live: Sequence[Tensor], mark: torch.cuda.Event | None) -> None:
-        if not self._host:
-            # Made once: fresh memory costs as much as the copy itself.
-            self._host = [
-                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=mark is not None)
-                for tensor in live
-            ]
-        if mark is None:
-            for copy, tensor in zip(self._host, live, strict=True):
-                copy.copy_(tensor)
-            return
-        # A thread begins on GPU 0, whichever its process uses.
-        with torch.cuda.device(self._actor.context.device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_event(mark)
-            with torch.cuda.stream(stream):
-                for copy, tensor in zip(self._host, live, strict=True):
-                    copy.copy_(tensor, non_blocking=True)
-            stream.synchronize()
+        def values() -> Iterable[Values]:
+            read_gpu()
+            return snapshot.values()
 
-    def _write(self, step: int, state: bytes, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        self._actor.call_before_step(partial(snapshot.take, self._deadline))
+        self._job.start(lambda: self._write(step, state, values))
+
+    def _write(self, step: int, state: bytes, tensors: Callable[[], Iterable[Values]]) -> None:
         """All of one rank's work; no other rank is spoken to but through files."""
         started = time.monotonic()
         building = self._building(step)
@@ -287,13 +260,25 @@ def _spec(state: StateTensor, shard: int) -> TensorSpec:
     return TensorSpec(name, state.tensor.dtype, tuple(state.tensor.shape))
 
 
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """What the GPU has been asked to do so far, for another stream to wait for."""
+def _gpu_reader(snapshot: Snapshot, device: torch.device, *, deadline: float) -> Callable[[], None]:
+    """What the writer's thread begins with: on a GPU to copy all that was asked for so far.
+
+    A disk is slower than the way to the host, which costs training nothing there.
+    """
     if device.type != "cuda":
-        return None
-    mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    mark.record()
-    return mark
+        return lambda: None
+    asked = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    asked.record()
+
+    def read() -> None:
+        # A thread begins on GPU 0, whichever its process uses.
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_event(asked)
+            with torch.cuda.stream(stream):
+                snapshot.take(deadline)
+
+    return read
 
 
 def _joined(problems: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ DTYPE_NAMES: Final = {
 }
 """The format's names of the dtypes that this package writes."""
 _ALIGNMENT: Final = 8
+
+Values: TypeAlias = Tensor | Iterable[memoryview]
+"""Of one tensor: as a whole, or its bytes piece by piece, each good until the next is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class TensorSpec:
 def write_safetensors(
     path: Path,
     specs: Sequence[TensorSpec],
-    tensors: Iterable[Tensor],
+    tensors: Iterable[Values],
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> FileRecord:
@@ -77,13 +80,28 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _chunks(
-    specs: Sequence[TensorSpec], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+    specs: Sequence[TensorSpec], tensors: Iterable[Values], metadata: Mapping[str, str]
 ) -> Iterator[bytes | memoryview]:
     yield header_bytes(specs, metadata)
-    for spec, tensor in zip(specs, tensors, strict=True):
-        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+    for spec, values in zip(specs, tensors, strict=True):
+        if not isinstance(values, Tensor):
+            yield from _counted(spec, values)
+            continue
+        if (values.dtype, tuple(values.shape)) != (spec.dtype, spec.shape):
             raise WeightError(
-                f"tensor {spec.name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, announced "
+                f"tensor {spec.name!r} is {values.dtype} of shape {tuple(values.shape)}, announced "
                 f"as {spec.dtype} of shape {spec.shape}"
             )
-        yield bytes_of(tensor.cpu())
+        yield bytes_of(values.cpu())
+
+
+def _counted(spec: TensorSpec, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+    num_bytes = 0
+    for piece in pieces:
+        yield piece
+        num_bytes += len(piece)
+    if num_bytes != spec.num_bytes:
+        raise WeightError(
+            f"tensor {spec.name!r} has {num_bytes} bytes, announced as {spec.dtype} of shape "
+            f"{spec.shape}"
+        )

@@ -1,7 +1,9 @@
 """Training states: saved by one layout, gone on from in any; in the same one, to the bit."""
 
 import json
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ranks import run_ranks
 from osft_mcore.actor.actor import Actor
 from osft_mcore.checkpoint.folder import STATE, checkpoints_in
 from osft_mcore.checkpoint.manifest import problems_of
+from osft_mcore.checkpoint.snapshot import Snapshot
 from osft_mcore.config.schema import (
     CheckpointConfig,
     ModelConfig,
@@ -31,6 +34,7 @@ from osft_mcore.train.start import build_actor
 
 CPU = torch.device("cpu")
 DELAY_S = 0.3
+DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,25 +86,46 @@ def everything(actor: Actor) -> dict[str, torch.Tensor]:
     return {f"{t.kind}/{t.param}/{t.start}": t.tensor.clone() for t in actor.training_state()}
 
 
-class SlowCopies(Checkpoints):
-    """Copies late: what training would change meanwhile, it has to leave alone."""
+def read_slowly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Half of the state is read before the next update, the rest after it; how many were taken."""
+    taken = threading.Event()
+    left: list[int] = []
+    real_values, real_take = Snapshot.values, Snapshot.take
 
-    def _copy_to_host(self, *args: Any) -> None:
+    def values(self: Snapshot) -> Iterator[Iterator[memoryview]]:
+        for number, pieces in enumerate(real_values(self)):
+            if 2 * number > len(self._live):
+                taken.wait(DEADLINE_S)
+            yield pieces
+
+    def take(self: Snapshot, deadline: float) -> None:
+        while 2 * self._num_read < len(self._live):
+            time.sleep(0.01)
+        left.append(len(self._live) - self._num_read)
+        real_take(self, deadline)
         time.sleep(DELAY_S)
-        super()._copy_to_host(*args)
+        taken.set()
+
+    monkeypatch.setattr(Snapshot, "values", values)
+    monkeypatch.setattr(Snapshot, "take", take)
+    return left
 
 
 def save_and_go_on(rank: int, model: Path, root: Path, case: Case, background: bool) -> Any:
     """Two updates, a save, and two more while the files are written; what these came to."""
     actor = build_actor(config_of(model, case), join(case))
     config = CheckpointConfig(async_=background)
-    checkpoints = SlowCopies(root, config, actor, {"config.json": b"{}"}, Console(enabled=False))
+    checkpoints = Checkpoints(root, config, actor, {"config.json": b"{}"}, Console(enabled=False))
     train(actor, 0, 1)
-    checkpoints.save(2, {"num_updates": actor.num_updates})
-    guess = checkpoints.longest_s
-    figures = train(actor, 2, 3)
-    checkpoints.settle()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        left = read_slowly(monkeypatch) if background else []
+        checkpoints.save(2, {"num_updates": actor.num_updates})
+        guess = checkpoints.longest_s
+        figures = train(actor, 2, 3)
+        checkpoints.settle()
     if background:
+        owned = sum(tensor.owned for tensor in actor.training_state())
+        assert 0 < left[0] < owned or owned == 0
         # What a run that is short of time has to count with.
         assert guess > checkpoints.longest_s > DELAY_S
     return figures, everything(actor)

@@ -88,9 +88,11 @@ def test_a_writer_that_fails_is_told_everywhere_and_counted(
 
 def failing_copy(rank: int, model: Path, root: Path) -> str:
     """Rank 1 cannot copy its state to the host; what was raised."""
-    checkpoints = make(rank, make_actor(model), root)
+    actor = make_actor(model)
+    checkpoints = make(rank, actor, root)
     if rank == 1:
-        checkpoints._host = [torch.zeros(1)]  # Of other shapes: the copy fails.
+        checkpoints._host = {0: torch.zeros(1)}  # Of another shape: the copy fails.
+        actor.call_before_step = lambda take: take()  # type: ignore[method-assign]
     try:
         checkpoints.save_now(1, {})
     except CheckpointError as error:
@@ -104,7 +106,7 @@ def test_a_copy_that_fails_is_told_at_once(
     """And not when checkpoint.timeout_minutes have passed: the test would not wait so long."""
     first, second = run_ranks(failing_copy, 2, model=model, root=tmp_path, timeout_s=60.0)
     assert first == second == "step 1 could not be saved; see above"
-    assert "rank 1 cannot copy its state: " in capfd.readouterr().out
+    assert "rank_00001.safetensors: cannot copy the training state: " in capfd.readouterr().out
     assert checkpoints_in(tmp_path) == []
 
 

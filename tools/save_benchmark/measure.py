@@ -78,7 +78,7 @@ def measure(
             way: _checkpoints(Path(folder) / way, actor, background=way == "async")
             for way in ("sync", "async")
         }
-        # The first updates make Adam's state, the first save the host copy.
+        # The first updates make Adam's state, the first save what it copies into.
         for number in (1, 2):
             _loop(actor, savers["async"], number, steps, length)
         loops: dict[Way, list[list[float]]] = {way: [] for way in WAYS}
