@@ -2,6 +2,7 @@
 
 import array
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,27 @@ def test_chunks_of_any_size_and_kind(tmp_path: Path, size: int) -> None:
     expected = content + doubles.tobytes() + content
     assert (tmp_path / "file").read_bytes() == expected
     assert record == FileRecord(len(expected), hashlib.sha256(expected).hexdigest())
+
+
+@pytest.mark.parametrize("most", [4096, 3 * 4096, 12345])
+def test_writes_that_the_system_cuts_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    real = os.write
+    first = iter([True])
+
+    def write(descriptor: int, data: memoryview) -> int:
+        # The first goes past the cache in whole blocks; what follows it may be cut anywhere.
+        return real(descriptor, data[: 8192 if next(first, False) else most])
+
+    monkeypatch.setattr(os, "write", write)
+    content = os.urandom(2 * WRITE_BYTES + 7)
+    record = write_file(tmp_path / "file", [content])
+    assert (tmp_path / "file").read_bytes() == content
+    assert record == FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_a_full_disk_is_an_error(small_disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        write_file(small_disk / "file", [bytes(WRITE_BYTES)] * 4)
+    assert write_file(small_disk / "other", [b""]).size == 0
