@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, with_config
 
+Phase = Literal["train", "sft"]
+"""Which command: `osft train` samples the answers that it learns, to `osft sft` they are given."""
+
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +126,9 @@ class TrainConfig:
     """Prompts per optimizer update; prompts_per_step / prompts_per_update updates a step."""
     micro_batch_size: int = 4
     """Sequences per forward pass and data-parallel rank."""
+    max_tokens_per_micro_batch: int | None = None
+    """Instead of micro_batch_size: sequences of like length share a forward pass, as many as fit
+    into this many tokens, padding included. Results are the same, padding is less."""
     lr: float = 1e-7
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_warmup_steps: int = 10
