@@ -17,6 +17,7 @@ from osft_mcore.records import Example, Prompt, Response, Sampling
 from osft_mcore.rollout.engine import RolloutEngine, reported_temperature
 from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
+from osft_mcore.train.performance import performance_metrics
 from osft_mcore.train.schedules import learning_rate, sampling_temperature, train_temperature
 from osft_mcore.train.skipped import SkippedUpdates, answer_rows
 from osft_mcore.train.step_metrics import (
@@ -212,6 +213,7 @@ class OsftLoop:
     ) -> dict[str, float]:
         """Write the step's metrics and answers; returns the few that the console shows."""
         cfg = self.config
+        seconds = self.clock.flush()
         record = {
             "rollout/tau_sample": tau,
             "loss/tau_train": train_temperature(cfg.algorithm, tau),
@@ -219,7 +221,13 @@ class OsftLoop:
             **response_metrics(responses),
             **update_metrics(updates),
             **push_metrics(push),
-            **self.clock.flush(),
+            **seconds,
+            **performance_metrics(
+                self.actor,
+                lengths=[len(r.prompt.token_ids) + len(r.token_ids) for r in responses],
+                num_sampled=sum(len(r.token_ids) for r in responses),
+                seconds=seconds,
+            ),
         }
         self.metrics.write(step, record)
         if cfg.logging.rollouts and self.folder.writer:

@@ -17,6 +17,7 @@ from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.records import Example
 from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.inputs import load_sft_examples, total_steps
+from osft_mcore.train.performance import performance_metrics
 from osft_mcore.train.resume import SUMMARY
 from osft_mcore.train.schedules import learning_rate
 from osft_mcore.train.skipped import SkippedUpdates, example_rows
@@ -104,13 +105,16 @@ class SftLoop:
             self.edge.stop_before(done)
             for step in range(done + 1, self.num_steps + 1):
                 lr = learning_rate(cfg.train, step=step, total_steps=self.num_steps)
+                batch = self.batch(step)
                 with self.clock("train"):
-                    updates = self.train_on(self.batch(step), step, lr)
+                    updates = self.train_on(batch, step, lr)
+                seconds, lengths = self.clock.flush(), [e.num_tokens for e in batch]
                 record = {
                     "loss/tau_train": cfg.algorithm.tau_train,
                     "optim/lr": lr,
                     **update_metrics(updates),
-                    **self.clock.flush(),
+                    **seconds,
+                    **performance_metrics(self.actor, lengths=lengths, seconds=seconds),
                 }
                 self.metrics.write(step, record)
                 progress.finished(step, shown(record, "loss/nll", "optim/lr"))

@@ -43,7 +43,7 @@ OTHER_TOPOLOGIES = {
     "dp2, two replicas": Topology(tp=1, pp=1, dp=2),
 }
 NUM_STEPS = 20
-OF_THE_LAYOUT = ("time/", "sync/bytes", "sync/peak")
+OF_THE_LAYOUT = ("time/", "perf/", "sync/bytes", "sync/peak")
 """What may differ between layouts: not what is learnt, but what it takes."""
 TOLERANCE = 1e-5
 NOISE = {"sync/logprob_diff_mean": 1e-6, "sync/logprob_diff_max": 1e-4}

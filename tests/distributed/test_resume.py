@@ -91,7 +91,7 @@ def dies(config: RunConfig, topology: Topology, step: int) -> None:
 def figures(run: Path, *left_out: str) -> list[dict[str, Any]]:
     """Every logged figure but times."""
     rows = [*read_lines(run / "metrics.jsonl"), *read_lines(run / "evaluations.jsonl")]
-    skipped = ("time/", *left_out)
+    skipped = ("time/", "perf/", *left_out)
     return [{k: v for k, v in row.items() if not k.startswith(skipped)} for row in rows]
 
 

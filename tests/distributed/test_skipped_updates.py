@@ -204,7 +204,8 @@ def test_metrics_are_of_the_updates_that_were_taken(stopped: tuple[Path, list[An
     counts = [(r["optim/num_updates"], r["optim/num_skipped"]) for r in logged]
     assert counts == [(1, 1), (0, 2), (1, 1)]
     of_updates = {"loss/loss", "loss/nll", "loss/perplexity", "loss/entropy", "loss/num_tokens",
-                  "optim/grad_norm", "sync/logprob_diff_mean", "sync/logprob_diff_max"}  # fmt: skip
+                  "train/padding_share", "optim/grad_norm", "sync/logprob_diff_mean",
+                  "sync/logprob_diff_max"}  # fmt: skip
     names = [{name for name in r if not name.startswith("time/")} for r in logged]
     assert names[0] == names[2]
     assert names[0] - names[1] == of_updates

@@ -1,0 +1,90 @@
+"""How fast a step was, in tokens and floating-point operations, and the memory that it took."""
+
+import resource
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import torch
+
+from osft_mcore.actor.actor import Actor
+from osft_mcore.config.model_shape import ModelShape
+from osft_mcore.config.schema import ModelConfig
+from osft_mcore.parallel.groups import ParallelContext, all_gather_json
+
+PEAK_TFLOPS: Final = {
+    "A100": 312.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "H800": 989.0,
+    "B200": 2250.0,
+}
+"""Dense bf16 peaks of the vendors' data sheets (SXM), by a part of the device's name."""
+
+
+def training_flops(shape: ModelShape, lengths: Sequence[int]) -> float:
+    """Operations that forward and backward of these sequences need, recomputation not counted.
+
+    Of a sequence of n tokens: 6 n P + 6 L d n^2 with P the weights of all matrix products (the
+    output layer among them, the embedding not), L layers and d = heads * head_dim; attention is
+    causal, half of n^2 (Narayanan et al. 2021, arXiv:2104.04473, appendix, without recomputation).
+    """
+    width = shape.num_heads * shape.head_dim
+    attention = shape.hidden * (2 * width + 2 * shape.num_kv_heads * shape.head_dim)
+    layer = attention + 3 * shape.hidden * shape.ffn
+    weights = shape.num_layers * layer + shape.vocab * shape.hidden
+    return float(sum(6 * n * weights + 6 * shape.num_layers * width * n * n for n in lengths))
+
+
+def performance_metrics(
+    actor: Actor, *, lengths: Sequence[int], seconds: Mapping[str, float], num_sampled: int = 0
+) -> dict[str, float]:
+    """Of one step; `lengths` of the sequences that it trained on. Collective over the world.
+
+    `seconds` of the phases as metrics name them (time/rollout_s, time/train_s).
+    """
+    context = actor.context
+    peak = peak_tflops(actor.model, context.device)
+    flops = training_flops(actor.shape, lengths) / context.topology.world_size
+    return {
+        **rates(lengths, num_sampled=num_sampled, flops=flops, seconds=seconds, peak_tflops=peak),
+        **peak_memory(context),
+    }
+
+
+def rates(
+    lengths: Sequence[int],
+    *,
+    num_sampled: int,
+    flops: float,
+    seconds: Mapping[str, float],
+    peak_tflops: float | None,
+) -> dict[str, float]:
+    """Tokens a second over all ranks; `flops` are those of one rank. No phase, no rate of it."""
+    found: dict[str, float] = {}
+    if rollout_s := seconds.get("time/rollout_s"):
+        found["perf/rollout_tokens_per_s"] = num_sampled / rollout_s
+    if train_s := seconds.get("time/train_s"):
+        tflops = flops / train_s / 1e12
+        found["perf/train_tokens_per_s"] = sum(lengths) / train_s
+        found["perf/train_tflops_per_rank"] = tflops
+        if peak_tflops is not None:
+            found["perf/mfu"] = tflops / peak_tflops
+    return found
+
+
+def peak_tflops(model: ModelConfig, device: torch.device) -> float | None:
+    """What the device could do at most; None where it is not known, or the model is fp32."""
+    if device.type != "cuda" or model.dtype != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory(context: ParallelContext) -> dict[str, float]:
+    """GiB that the neediest rank has held at most since its start. Collective over the world."""
+    own = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]
+    if context.device.type == "cuda":
+        own.append(torch.cuda.max_memory_allocated(context.device) / 2**30)
+    names = ("perf/peak_host_memory_gib", "perf/peak_gpu_memory_gib")
+    worst = map(max, zip(*all_gather_json(own, context), strict=True))
+    return dict(zip(names, worst, strict=False))

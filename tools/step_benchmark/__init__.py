@@ -1,0 +1,1 @@
+"""What micro-batches by token budget gain over fixed ones, in whole optimizer updates."""
