@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, with_config
 
+Recompute = Literal["none", "selective", "full"]
+"""See `TrainConfig.recompute`."""
+
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +126,12 @@ class TrainConfig:
     """Prompts per optimizer update; prompts_per_step / prompts_per_update updates a step."""
     micro_batch_size: int = 4
     """Sequences per forward pass and data-parallel rank."""
+    recompute: Recompute = "none"
+    """Activations that the backward pass computes again instead of keeping them: of `selective` the
+    MLPs, of `full` whole layers. Changes memory and speed, not results."""
+    recompute_loss: bool = False
+    """The backward pass computes the logits again, instead of keeping the gradients of hidden
+    states and output weight from the loss on. Changes memory and speed, not results."""
     lr: float = 1e-7
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_warmup_steps: int = 10
