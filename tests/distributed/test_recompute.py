@@ -193,10 +193,10 @@ class Memory(NamedTuple):
     """Of an update in one micro-batch."""
 
 
-def measure(_rank: int, folder: Path) -> dict[str, Memory]:
+def measure(_rank: int, folder: Path, choices: list[str]) -> dict[str, Memory]:
     context = join_groups(Topology(tp=1, pp=1, dp=1), device=torch.device("cpu"))
     found = {}
-    for choice in CHOICES:
+    for choice in choices:
         actor = actor_of(folder, context, choice)
         batch = examples(SEQUENCES, actor.shape.vocab, longest=LENGTH)
         # The first update makes Adam's moments.
@@ -216,7 +216,7 @@ def test_activations_that_are_computed_again_are_not_kept(tmp_path: Path) -> Non
     folder = save_random_model(
         tmp_path, vocab=67, layers=NUM_LAYERS, hidden=HIDDEN, ffn=FFN, head_dim=32
     )
-    (found,) = run_ranks(measure, 1, folder=folder)
+    (found,) = run_ranks(measure, 1, folder=folder, choices=["none", "selective", "full"])
     none, selective, full = found["none"], found["selective"], found["full"]
     wide, narrow = (4 * SEQUENCES * LENGTH * size for size in (FFN, HIDDEN))
     # Gate and up, the gate's activation, its sigmoid, their product.
@@ -225,6 +225,15 @@ def test_activations_that_are_computed_again_are_not_kept(tmp_path: Path) -> Non
     assert full.kept <= (NUM_LAYERS + 4) * narrow
     assert none.kept > 2 * selective.kept > 4 * full.kept
     assert none.peak > 1.5 * selective.peak > 3 * full.peak
+
+
+def test_a_loss_that_is_computed_again_adds_to_the_gradient_itself(tmp_path: Path) -> None:
+    """The peak is at the loss, where all activations exist: it lacks a copy of the gradient."""
+    vocab = 2000
+    folder = save_random_model(tmp_path, vocab=vocab, layers=1, hidden=HIDDEN)
+    (found,) = run_ranks(measure, 1, folder=folder, choices=["none", "loss"])
+    copy = 4 * vocab * HIDDEN
+    assert found["none"].peak - found["loss"].peak >= copy
 
 
 def loss_memory(_rank: int, num_tokens: int, vocab: int) -> dict[bool, int]:
