@@ -130,8 +130,9 @@ class TrainConfig:
     """Activations that the backward pass computes again instead of keeping them: of `selective` the
     MLPs, of `full` whole layers. Changes memory and speed, not results."""
     recompute_loss: bool = False
-    """The backward pass computes the logits again, instead of keeping the gradients of hidden
-    states and output weight from the loss on. Changes memory and speed, not results."""
+    """The backward pass computes the logits again. Otherwise gradients of hidden states and output
+    weight are kept from the loss on, in fp32; this helps where a second such gradient of the output
+    weight (vocabulary / tp * hidden) is too much. Changes memory and speed, not results."""
     lr: float = 1e-7
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_warmup_steps: int = 10
