@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from osft_mcore import __version__
-from osft_mcore.config.check import Phase, absent_files, check, model_is_here
+from osft_mcore.config.check import absent_files, check, model_is_here
 from osft_mcore.config.describe import describe
 from osft_mcore.config.load import load_config
-from osft_mcore.config.schema import RunConfig
+from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.errors import ConfigError, NothingLeft, OsftError, Stopped
 from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.parallel.world import (

@@ -1,5 +1,6 @@
 """Files that survive a power cut: written, flushed, renamed; and what each of them holds."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -7,7 +8,6 @@ import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,27 +33,28 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
     costs whoever computes meanwhile. Raises OSError if the disk is full; what was written so far
     is left behind.
     """
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as file, mmap.mmap(-1, WRITE_BYTES) as pages:
-        buffer, filled = memoryview(pages), 0
-        try:
-            for part in _fitting(chunks, WRITE_BYTES):
-                buffer[filled : filled + len(part)] = part
-                filled += len(part)
-                size += len(part)
-                if filled == WRITE_BYTES:
-                    if size == filled:
-                        _use_cache(file.fileno(), False)
-                    digest.update(buffer)
-                    _write_all(file.fileno(), buffer)
-                    filled = 0
-            # Only whole blocks can pass by the cache.
-            _use_cache(file.fileno(), True)
-            digest.update(buffer[:filled])
-            _write_all(file.fileno(), buffer[:filled])
-            os.fsync(file.fileno())
-        finally:
-            buffer.release()
+    digest, size, filled = hashlib.sha256(), 0, 0
+    with (
+        path.open("wb", buffering=0) as file,
+        mmap.mmap(-1, WRITE_BYTES) as pages,
+        memoryview(pages) as buffer,
+    ):
+        for part in _fitting(chunks, WRITE_BYTES):
+            buffer[filled : filled + len(part)] = part
+            filled += len(part)
+            size += len(part)
+            if filled == WRITE_BYTES:
+                if size == filled:
+                    _bypass_cache(file.fileno(), True)
+                digest.update(buffer)
+                _write_all(file.fileno(), buffer)
+                filled = 0
+        # Only whole blocks can pass by the cache.
+        _bypass_cache(file.fileno(), False)
+        with buffer[:filled] as rest:
+            digest.update(rest)
+            _write_all(file.fileno(), rest)
+        os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())
 
 
@@ -69,19 +70,40 @@ def _fitting(chunks: Iterable[bytes | memoryview], size: int) -> Iterator[memory
 
 
 def _write_all(descriptor: int, buffer: memoryview) -> None:
-    written = os.write(descriptor, buffer) if buffer else 0
+    written = 0
     while written < len(buffer):
-        # Cut short by a full disk, or in the middle of a block.
-        _use_cache(descriptor, True)
-        written += os.write(descriptor, buffer[written:])
+        # Released at once: an error's traceback would keep the memory below from being closed.
+        with buffer[written:] as rest:
+            try:
+                count = os.write(descriptor, rest)
+            except OSError as error:
+                refused = error.errno in (errno.EINVAL, errno.EOPNOTSUPP)
+                if not (refused and _bypass_cache(descriptor, False)):
+                    raise
+                continue
+        if count == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        written += count
+        if written < len(buffer):
+            # Cut short, perhaps in the middle of a block.
+            _bypass_cache(descriptor, False)
 
 
-def _use_cache(descriptor: int, use: bool) -> None:
-    """Whether writing fills the system's cache; where there is no choice, it does."""
+def _bypass_cache(descriptor: int, bypass: bool) -> bool:
+    """Whether writing leaves the system's cache alone; returns True if that was a change.
+
+    A file system that cannot do it says so here, or when it is first written to.
+    """
     direct = getattr(os, "O_DIRECT", 0)
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    with suppress(OSError):
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct if use else flags | direct)
+    wanted = flags | direct if bypass else flags & ~direct
+    if wanted == flags:
+        return False
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, wanted)
+    except OSError:
+        return False
+    return True
 
 
 def record_of(path: Path) -> FileRecord:

@@ -23,6 +23,7 @@ from osft_mcore.actor.optimizer import (
     wrap_data_parallel,
 )
 from osft_mcore.actor.restore import restore
+from osft_mcore.actor.splitting import Split, budget_split, fixed_split, padding_share
 from osft_mcore.actor.training_state import StateTensor, adam_step, set_adam_step, training_state
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
@@ -51,6 +52,8 @@ class UpdateResult:
     """Before clipping."""
     num_tokens: int
     """Response tokens in the loss."""
+    padding_share: float
+    """Of the positions that the forward passes of all ranks computed."""
     agreement: "Agreement | None"
     """Present when the examples carry the rollout engine's log-probabilities."""
     not_finite: str = ""
@@ -96,6 +99,7 @@ class Actor:
         self.model, self.train, self.algorithm = model, train, algorithm
         self.max_response_tokens = max_response_tokens
         self.sequence_parallel = parallel.sequence_parallel
+        self.pad_to_multiple = parallel.tp if parallel.sequence_parallel else 1
         self._before_step: Callable[[], None] | None = None
         self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
         # Alone it would share with nobody, and copy all gradients and weights each update.
@@ -156,14 +160,17 @@ class Actor:
         No rank takes the step if the loss or a gradient is not finite on one of them.
         """
         set_learning_rate(self.optimizer, lr)
+        split = self._split(examples)
         with megatron_device():
             for chunk in self.wrapped:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             taus = self._taus(tau_train, tau_sample)
-            parts = self._forward_backward(examples, taus, forward_only=False)
+            parts = self._forward_backward(examples, split, taus, forward_only=False)
             grad_norm = gradient_norm(self.optimizer)
-            result = self._result(parts, grad_norm=grad_norm)
+            result = self._result(
+                parts, grad_norm=grad_norm, padding=self._padding(examples, split)
+            )
             if not result.skipped:
                 self._let_readers_finish()
                 take_step(self.optimizer, grad_norm=grad_norm)
@@ -182,10 +189,11 @@ class Actor:
         self, examples: Sequence[Example], *, tau_sample: float, tau_train: float | None = None
     ) -> UpdateResult:
         """The same statistics without training."""
+        split = self._split(examples)
         with megatron_device(), torch.no_grad():
             taus = self._taus(tau_train, tau_sample)
-            parts = self._forward_backward(examples, taus, forward_only=True)
-        return self._result(parts, grad_norm=0.0)
+            parts = self._forward_backward(examples, split, taus, forward_only=True)
+        return self._result(parts, grad_norm=0.0, padding=self._padding(examples, split))
 
     def _taus(self, tau_train: float | None, tau_sample: float) -> "_Temperatures":
         if tau_train is None:
@@ -221,16 +229,37 @@ class Actor:
         else:
             load_into(parameters, self.layouts[self.context.rank], self.model.path)
 
+    def _split(self, examples: Sequence[Example]) -> Split:
+        train, topology = self.train, self.context.topology
+        if train.max_tokens_per_micro_batch is None:
+            return fixed_split(
+                len(examples), dp=topology.dp, micro_batch_size=train.micro_batch_size
+            )
+        return budget_split(
+            [example.num_tokens for example in examples],
+            dp=topology.dp,
+            max_tokens=train.max_tokens_per_micro_batch,
+            pad_to_multiple=self.pad_to_multiple,
+            group=topology.micro_batch_group,
+        )
+
+    def _padding(self, examples: Sequence[Example], split: Split) -> float:
+        lengths = [example.num_tokens for example in examples]
+        return padding_share(lengths, split, pad_to_multiple=self.pad_to_multiple)
+
     def _forward_backward(
-        self, examples: Sequence[Example], taus: "_Temperatures", *, forward_only: bool
+        self,
+        examples: Sequence[Example],
+        split: Split,
+        taus: "_Temperatures",
+        *,
+        forward_only: bool,
     ) -> list["_Sums"]:
-        topology = self.context.topology
         batches = micro_batches(
             examples,
-            dp=topology.dp,
+            split,
             dp_rank=self.context.coordinates.dp_rank,
-            micro_batch_size=self.train.micro_batch_size,
-            pad_to_multiple=topology.tp if self.sequence_parallel else 1,
+            pad_to_multiple=self.pad_to_multiple,
             algorithm=self.algorithm,
             max_response_tokens=self.max_response_tokens,
         )
@@ -281,7 +310,7 @@ class Actor:
         sums = _Sums.of(batch, found, num_replicas=self.context.topology.num_replicas)
         return found.loss, num_tokens, sums
 
-    def _result(self, parts: list["_Sums"], *, grad_norm: float) -> UpdateResult:
+    def _result(self, parts: list["_Sums"], *, grad_norm: float, padding: float) -> UpdateResult:
         totals, peaks = self._reduce(parts, grad_norm=grad_norm)
         loss, nll, entropy, num_tokens, diff, num_compared, broken_norm = totals.tolist()
         if broken_norm:
@@ -296,6 +325,7 @@ class Actor:
             entropy=entropy / max(num_tokens, 1),
             grad_norm=grad_norm,
             num_tokens=int(num_tokens),
+            padding_share=padding,
             agreement=agreement,
             not_finite=_not_finite({"loss": loss, "gradient norm": grad_norm}),
         )

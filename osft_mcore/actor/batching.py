@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from osft_mcore.actor.splitting import Split, padded
 from osft_mcore.config.schema import AlgorithmConfig
 from osft_mcore.loss.objectives import batch_weights
 from osft_mcore.records import Example
@@ -36,42 +37,45 @@ class MicroBatch:
 
 def micro_batches(
     examples: Sequence[Example],
+    split: Split,
     *,
-    dp: int,
     dp_rank: int,
-    micro_batch_size: int,
     pad_to_multiple: int,
     algorithm: AlgorithmConfig,
     max_response_tokens: int,
 ) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches of one optimizer batch.
 
-    Weights come from the whole batch, so they do not depend on how it is split unless
-    algorithm.normalization says so. len(examples) must be a multiple of dp * micro_batch_size.
+    Weights come from the whole batch, so they do not depend on `split` unless
+    algorithm.normalization says so.
     """
-    assert len(examples) % (dp * micro_batch_size) == 0, "config/check.py lets only this through"
-    groups = [
-        examples[start : start + micro_batch_size]
-        for start in range(0, len(examples), micro_batch_size)
-    ]
+    groups = [numbers for rank in split for numbers in rank]
     weights = batch_weights(
-        [[len(e.response_token_ids) if e.trained else 0 for e in group] for group in groups],
+        [[_num_trained(examples[number]) for number in numbers] for numbers in groups],
         aggregation=algorithm.aggregation,
         normalization=algorithm.normalization,
         max_response_tokens=max_response_tokens,
     )
+    first = sum(len(rank) for rank in split[:dp_rank])
     return [
-        collate(groups[i], weights[i], pad_to_multiple=pad_to_multiple)
-        for i in range(dp_rank, len(groups), dp)
+        collate(
+            [examples[number] for number in groups[place]],
+            weights[place],
+            pad_to_multiple=pad_to_multiple,
+        )
+        for place in range(first, first + len(split[dp_rank]))
     ]
+
+
+def _num_trained(example: Example) -> int:
+    return len(example.response_token_ids) if example.trained else 0
 
 
 def collate(
     examples: Sequence[Example], weights: Sequence[float], *, pad_to_multiple: int
 ) -> MicroBatch:
     """Pad on the right; causal attention then never looks at padding from a real token."""
-    longest = max(example.num_tokens for example in examples)
-    width = -(-longest // pad_to_multiple) * pad_to_multiple
+    width = padded(max(example.num_tokens for example in examples), pad_to_multiple)
     tokens_BS = torch.zeros(len(examples), width, dtype=torch.long)
     predictors: list[int] = []
     targets: list[int] = []

@@ -64,7 +64,8 @@ def write_part(building: Path, part: Part) -> None:
         _write_receipt(building, part.file, {"size": record.size, "sha256": record.sha256})
     except Exception as error:
         # Away with it first: the receipt may need the room.
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
         needed = sum(spec.num_bytes for spec in part.specs)
         reason = _reason(error, path, needed)
         with suppress(OSError):

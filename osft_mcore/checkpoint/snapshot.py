@@ -13,6 +13,8 @@ from osft_mcore.weights.safetensors_stream import bytes_of
 
 PIECE_BYTES: Final = 1 << 20
 """Small enough to stay in the processor's cache until it is hashed and written."""
+LEAST_PATIENCE_S: Final = 5.0
+"""For the copy of a piece, also when the deadline of the save has passed."""
 
 
 class Snapshot:
@@ -39,19 +41,28 @@ class Snapshot:
         told to the reader, not here. Raises CheckpointError if the other thread is still copying
         at `deadline` (seconds of time.monotonic()).
         """
-        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        patience = max(LEAST_PATIENCE_S, deadline - time.monotonic())
+        if not self._lock.acquire(timeout=patience):
             raise CheckpointError(
                 "the training state was not copied within checkpoint.timeout_minutes; is the host "
                 "out of memory?"
             )
         try:
             if not self._taken:
+                self._taken = True
+                # Until it is done: buffers hold values of an earlier snapshot.
+                self._problem = "the copy of the training state was broken off"
                 self._copy_rest()
+                self._problem = ""
         except Exception as error:
             self._problem = f"cannot copy the training state: {error!r}"
         finally:
-            self._taken = True
             self._lock.release()
+
+    def abandon(self) -> None:
+        """Nobody reads any more: from now on `take` copies nothing."""
+        with self._lock:
+            self._taken, self._problem = True, "the snapshot was given up"
 
     def values(self) -> Iterator[Iterator[memoryview]]:
         """Of each tensor the bytes, piece by piece; a piece is good until the next is asked for.

@@ -1,20 +1,18 @@
 """What cannot work together, found before any model is built; every problem is reported at once."""
 
 import importlib.util
-import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
 
 from osft_mcore.config.check_algorithm import algorithm_problems
-from osft_mcore.config.divide import divides, divisors, listed, nearest, tensor_parallel_problems
+from osft_mcore.config.check_batches import batch_problems
+from osft_mcore.config.divide import divides, divisors, listed, tensor_parallel_problems
 from osft_mcore.config.duration import seconds
 from osft_mcore.config.model_shape import FAMILIES, ModelShape, read_model_shape
-from osft_mcore.config.schema import RunConfig
+from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.errors import ConfigError
-
-Phase = Literal["train", "sft"]
 
 CPU_HEAD_DIMS: Final = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """vLLM 0.32.0, v1/attention/backends/cpu_attn.py, get_supported_head_sizes."""
@@ -42,7 +40,7 @@ def check(
         *_unset(config, phase),
         *(_absent_inputs(config) if need_files else ()),
         *_world(config, world_size),
-        *_batches(config, phase),
+        *batch_problems(config, phase),
         *_optional_parts(config, phase),
         *algorithm_problems(config.algorithm, samples=samples),
     ]
@@ -59,12 +57,6 @@ def check(
             problems += _rollout_shape(config, shape, device)
     if problems:
         raise ConfigError(problems)
-
-
-def sequences_per_update(config: RunConfig, phase: Phase) -> int:
-    """Sequences of one optimizer update, over all ranks."""
-    answers = config.rollout.num_samples if phase == "train" else 1
-    return config.train.prompts_per_update * answers
 
 
 def _numbers(config: RunConfig) -> Iterator[str]:
@@ -139,6 +131,7 @@ def _sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
 def _optional_sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
     sizes = (
         ("train.steps", config.train.steps),
+        ("train.max_tokens_per_micro_batch", config.train.max_tokens_per_micro_batch),
         ("rollout.annealing.steps", config.rollout.annealing.steps),
         ("evaluation.max_problems", config.evaluation.max_problems),
     )
@@ -255,58 +248,6 @@ def _rollout_world(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"{world // tp} rollout replicas; the gate compares the answers of one update, so it "
             "would never see some of them: raise it, or raise rollout.tp"
         )
-
-
-def _batches(config: RunConfig, phase: Phase) -> Iterator[str]:
-    train, dp = config.train, config.parallel.dp
-    # Megatron-Core's interleaved schedule takes micro-batches in groups of the stages.
-    group = config.parallel.pp if config.parallel.vpp > 1 else 1
-    if not divides(train.prompts_per_update, train.prompts_per_step):
-        near = nearest(train.prompts_per_update, divisors(train.prompts_per_step))
-        yield (
-            f"train.prompts_per_update: {train.prompts_per_update} does not divide "
-            f"train.prompts_per_step = {train.prompts_per_step}; nearest that do: {listed(near)}"
-        )
-    answers = config.rollout.num_samples if phase == "train" else 1
-    sequences = sequences_per_update(config, phase)
-    unit = dp * train.micro_batch_size * group
-    if min(train.prompts_per_update, answers, dp, train.micro_batch_size, group) < 1:
-        return
-    if sequences % unit == 0:
-        return
-    formula = f"prompts_per_update = {sequences}"
-    if phase == "train":
-        formula = (
-            "prompts_per_update * rollout.num_samples = "
-            f"{train.prompts_per_update} * {answers} = {sequences}"
-        )
-    factors = f"parallel.dp * train.micro_batch_size = {dp} * {train.micro_batch_size}"
-    if group > 1:
-        factors = (
-            "parallel.dp * train.micro_batch_size * parallel.pp (as parallel.vpp > 1) = "
-            f"{dp} * {train.micro_batch_size} * {group}"
-        )
-    yield (
-        f"train.prompts_per_update: an update has {formula} sequences, not a multiple of "
-        f"{factors} = {unit}; {_batch_advice(config, sequences, answers, unit)}"
-    )
-
-
-def _batch_advice(config: RunConfig, sequences: int, answers: int, unit: int) -> str:
-    """The nearest values of single options that make the whole batch arithmetic come out."""
-    train = config.train
-    step = unit // math.gcd(unit, answers)
-    prompts = [n for n in divisors(train.prompts_per_step) if n % step == 0]
-    if prompts:
-        near = listed(nearest(train.prompts_per_update, prompts))
-        advice = f"nearest train.prompts_per_update that works: {near}"
-    else:
-        advice = f"make train.prompts_per_step and prompts_per_update multiples of {step}"
-    per_sequence = unit // train.micro_batch_size
-    if sequences % per_sequence == 0:
-        micro = listed(nearest(train.micro_batch_size, divisors(sequences // per_sequence)))
-        advice += f"; nearest train.micro_batch_size that works: {micro}"
-    return advice
 
 
 def _actor_shape(config: RunConfig, shape: ModelShape) -> Iterator[str]:

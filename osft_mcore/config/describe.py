@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from osft_mcore.config.check import Phase, sequences_per_update
+from osft_mcore.config.check_batches import sequences_per_update
 from osft_mcore.config.load import to_yaml
-from osft_mcore.config.schema import RunConfig
+from osft_mcore.config.schema import Phase, RunConfig, TrainConfig
 
 
 class RankPlace(Protocol):
@@ -53,8 +53,8 @@ class BatchArithmetic:
     """Over all ranks."""
     sequences_per_dp_rank: int
     """Of one update."""
-    micro_batches: int
-    """Forward passes of one rank in one update."""
+    micro_batches: int | None
+    """Forward passes of one rank in one update; None: it depends on the lengths."""
     steps_per_epoch: int | None
     """None: the size of the data set is not known. An incomplete last batch is dropped."""
     steps: int | None
@@ -77,7 +77,9 @@ def batch_arithmetic(
         updates_per_step=train.prompts_per_step // train.prompts_per_update,
         sequences_per_update=sequences,
         sequences_per_dp_rank=per_rank,
-        micro_batches=per_rank // train.micro_batch_size,
+        micro_batches=(
+            per_rank // train.micro_batch_size if train.max_tokens_per_micro_batch is None else None
+        ),
         steps_per_epoch=per_epoch,
         steps=steps,
     )
@@ -144,15 +146,23 @@ def batch_table(config: RunConfig, *, phase: Phase, num_prompts: int | None = No
             f"{batch.sequences_per_update} / {dp}",
             "sequences an update / parallel.dp",
         ),
-        (
-            "micro-batches a rank and update",
-            batch.micro_batches,
-            f"{batch.sequences_per_dp_rank} / {train.micro_batch_size}",
-            "sequences a rank / train.micro_batch_size",
-        ),
+        _micro_batch_line(train, batch),
         *_length_lines(config, batch, num_prompts),
     ]
     return _aligned(lines)
+
+
+def _micro_batch_line(train: TrainConfig, batch: BatchArithmetic) -> tuple[str, int, str, str]:
+    if batch.micro_batches is None:
+        budget = train.max_tokens_per_micro_batch
+        assert budget is not None, "only a budget leaves the number open"
+        return ("most tokens a micro-batch", budget, "", "train.max_tokens_per_micro_batch")
+    return (
+        "micro-batches a rank and update",
+        batch.micro_batches,
+        f"{batch.sequences_per_dp_rank} / {train.micro_batch_size}",
+        "sequences a rank / train.micro_batch_size",
+    )
 
 
 def _length_lines(

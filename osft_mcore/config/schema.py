@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, with_config
 
+Phase = Literal["train", "sft"]
+"""Which command: `osft train` samples the answers that it learns, to `osft sft` they are given."""
+
 Recompute = Literal["none", "selective", "full"]
 """See `TrainConfig.recompute`."""
 
@@ -126,6 +129,9 @@ class TrainConfig:
     """Prompts per optimizer update; prompts_per_step / prompts_per_update updates a step."""
     micro_batch_size: int = 4
     """Sequences per forward pass and data-parallel rank."""
+    max_tokens_per_micro_batch: int | None = None
+    """Instead of micro_batch_size: sequences of like length share a forward pass, as many as fit
+    into this many tokens, padding included. Results are the same, padding is less."""
     recompute: Recompute = "none"
     """Activations that the backward pass computes again instead of keeping them: of `selective` the
     MLPs, of `full` whole layers. Changes memory and speed, not results."""

@@ -56,6 +56,14 @@ class Topology:
         return self.tp * self.pp * self.dp
 
     @property
+    def micro_batch_group(self) -> int:
+        """A rank's number of micro-batches is a multiple of this.
+
+        Megatron-Core's interleaved schedule takes them in groups of the stages.
+        """
+        return self.pp if self.vpp > 1 else 1
+
+    @property
     def num_replicas(self) -> int:
         """Number of rollout replicas."""
         return self.world_size // self.rollout_tp

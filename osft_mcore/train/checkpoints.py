@@ -206,8 +206,14 @@ class Checkpoints:
             read_gpu()
             return snapshot.values()
 
+        def job() -> None:
+            try:
+                self._write(step, state, values)
+            finally:
+                snapshot.abandon()
+
         self._actor.call_before_step(partial(snapshot.take, self._deadline))
-        self._job.start(lambda: self._write(step, state, values))
+        self._job.start(job)
 
     def _write(self, step: int, state: bytes, tensors: Callable[[], Iterable[Values]]) -> None:
         """All of one rank's work; no other rank is spoken to but through files."""

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from osft_mcore.actor.actor import Actor
-from osft_mcore.config.check import Phase
 from osft_mcore.config.load import as_options
-from osft_mcore.config.schema import RunConfig
+from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.errors import Stopped
 from osft_mcore.log.metrics import Clock
 from osft_mcore.parallel.stop import StopSignals, agreed_stop, deadline

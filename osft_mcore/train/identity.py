@@ -6,10 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from osft_mcore.config.check import Phase
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
-from osft_mcore.config.schema import RunConfig
+from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.data.parquet import data_sha256
 from osft_mcore.data.tokenizer import tokenizer_files
 

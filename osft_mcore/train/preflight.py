@@ -4,9 +4,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from osft_mcore.config.check import Phase
 from osft_mcore.config.model_shape import read_model_shape
-from osft_mcore.config.schema import RunConfig
+from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
 from osft_mcore.errors import ConfigError, OsftError, WeightError
 from osft_mcore.log.lock import lock_refusal

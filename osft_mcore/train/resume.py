@@ -7,8 +7,7 @@ from typing import Any, Final
 
 from osft_mcore.checkpoint.folder import STATE, checkpoints_in, newest_whole
 from osft_mcore.checkpoint.manifest import problems_of
-from osft_mcore.config.check import Phase
-from osft_mcore.config.schema import RunConfig
+from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.errors import CheckpointError, ConfigError, NothingLeft
 from osft_mcore.files import parse_json
 from osft_mcore.train.identity import changes, conflicts

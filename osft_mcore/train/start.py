@@ -10,10 +10,9 @@ from osft_mcore.actor.export import export_hf
 from osft_mcore.checkpoint.folder import checkpoints_in, set_aside, step_of
 from osft_mcore.checkpoint.manifest import problems_of, replace_member
 from osft_mcore.checkpoint.model_card import model_card, read_provenance
-from osft_mcore.config.check import Phase
 from osft_mcore.config.load import to_yaml
 from osft_mcore.config.model_shape import ModelShape, read_model_shape
-from osft_mcore.config.schema import RunConfig, TrainConfig
+from osft_mcore.config.schema import Phase, RunConfig, TrainConfig
 from osft_mcore.errors import CheckpointError, ConfigError
 from osft_mcore.log.console import Console
 from osft_mcore.log.lock import run_lock

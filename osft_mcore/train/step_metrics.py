@@ -45,6 +45,7 @@ def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
         "loss/perplexity": math.exp(nll) if nll < MAX_EXPONENT else math.inf,
         "loss/entropy": entropy,
         "loss/num_tokens": float(num_tokens),
+        "train/padding_share": sum(u.padding_share for u in taken) / len(taken),
         "optim/grad_norm": sum(u.grad_norm for u in taken) / len(taken),
         **counts,
     }

@@ -62,6 +62,7 @@ def train(
     out: Path,
     layout: Layout,
     algorithm: AlgorithmConfig,
+    max_tokens: int | None,
     **parallel: Any,
 ) -> list[tuple[float, float, float, float]]:
     tp, pp, vpp, dp, micro_batch_size = layout
@@ -69,7 +70,12 @@ def train(
     config = RunConfig(
         model=ModelConfig(path=str(folder), dtype="fp32"),
         parallel=ParallelConfig(tp=tp, pp=pp, dp=dp, vpp=vpp, **parallel),
-        train=TrainConfig(lr=LR, micro_batch_size=micro_batch_size, clip_grad=0.5),
+        train=TrainConfig(
+            lr=LR,
+            micro_batch_size=micro_batch_size,
+            max_tokens_per_micro_batch=max_tokens,
+            clip_grad=0.5,
+        ),
         algorithm=algorithm,
     )
     actor = build_actor(config, context)
@@ -84,6 +90,7 @@ def run(
     out: Path,
     layout: Layout,
     algorithm: AlgorithmConfig | None = None,
+    max_tokens: int | None = None,
     **parallel: Any,
 ) -> tuple[list[tuple[float, ...]], dict[str, torch.Tensor]]:
     tp, pp, _, dp, _ = layout
@@ -94,6 +101,7 @@ def run(
         out=out,
         layout=layout,
         algorithm=algorithm or AlgorithmConfig(),
+        max_tokens=max_tokens,
         **parallel,
     )
     assert all(part == by_rank[0] for part in by_rank), "every rank reports the same figures"
@@ -155,6 +163,21 @@ def test_switches_change_nothing(
     options: dict[str, bool],
 ) -> None:
     assert_same(run(model, tmp_path / "hf", layout, **options), reference)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [((1, 1, 1, 1, 4), {}),
+     ((2, 1, 1, 2, 4), {"sequence_parallel": True}),
+     ((1, 2, 1, 2, 4), {}),
+     ((1, 2, 2, 2, 4), {})],
+    ids=["one", "tp2_sp_dp2", "pp2_dp2", "pp2_vpp2_dp2"],
+)  # fmt: skip
+def test_micro_batches_by_tokens_change_nothing(
+    model: Path, reference: Any, tmp_path: Path, layout: Layout, options: dict[str, bool]
+) -> None:
+    # Little more than the longest has: several micro-batches, of different sizes, on each rank.
+    assert_same(run(model, tmp_path / "hf", layout, max_tokens=24, **options), reference)
 
 
 @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum-norm"])

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osft_mcore.actor.batching import MicroBatch, collate, micro_batches
+from osft_mcore.actor.splitting import fixed_split
 from osft_mcore.config.schema import AlgorithmConfig
 from osft_mcore.records import Example
 
@@ -61,12 +62,12 @@ def numbered_examples(num: int) -> list[Example]:
 def all_ranks(
     examples: list[Example], *, dp: int, micro_batch_size: int, algorithm: AlgorithmConfig
 ) -> list[list[MicroBatch]]:
+    split = fixed_split(len(examples), dp=dp, micro_batch_size=micro_batch_size)
     return [
         micro_batches(
             examples,
-            dp=dp,
+            split,
             dp_rank=dp_rank,
-            micro_batch_size=micro_batch_size,
             pad_to_multiple=2,
             algorithm=algorithm,
             max_response_tokens=16,

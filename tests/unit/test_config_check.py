@@ -10,11 +10,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from osft_mcore.config.check import CPU_HEAD_DIMS, Phase, absent_files, check
+from osft_mcore.config.check import CPU_HEAD_DIMS, absent_files, check
 from osft_mcore.config.divide import VOCAB_PADDING, divisors, nearest, tensor_parallel_problems
 from osft_mcore.config.load import load_config
 from osft_mcore.config.model_shape import ModelShape, model_shape
-from osft_mcore.config.schema import ParallelConfig, RolloutConfig, RunConfig, TrainConfig
+from osft_mcore.config.schema import ParallelConfig, Phase, RolloutConfig, RunConfig, TrainConfig
 from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.weight_plan import push_bytes
@@ -82,6 +82,7 @@ def problems_of(
         (("checkpoint.resume=.", "checkpoint.keep_every=5", "checkpoint.keep_last=1"), 1),
         (("train.lr=0", "train.clip_grad=0", "evaluation.temperature=0", "rollout.top_k=0"), 1),
         (("train.prompts_per_update=8", "rollout.num_samples=3", "train.micro_batch_size=6"), 1),
+        (("train.max_tokens_per_micro_batch=4096", "train.micro_batch_size=7"), 1),
     ],
 )
 @pytest.mark.parametrize("phase", ["train", "sft"])
@@ -134,6 +135,16 @@ def test_what_works_passes(
         ("train.eps=0", "train.eps: found 0, expected more than 0"),
         ("train.clip_grad=-1", "train.clip_grad: found -1, expected 0 or more"),
         ("train.micro_batch_size=0", "train.micro_batch_size: found 0, expected at least 1"),
+        (
+            "train.max_tokens_per_micro_batch=4095",
+            "train.max_tokens_per_micro_batch: found 4095, but a sequence may have "
+            "rollout.max_prompt_tokens + max_response_tokens = 1024 + 3072 = 4096 tokens; set it "
+            "to 4096 or more",
+        ),
+        (
+            "train.max_tokens_per_micro_batch=0",
+            "train.max_tokens_per_micro_batch: found 0, expected at least 1",
+        ),
         ("train.prompts_per_update=0", "train.prompts_per_update: found 0, expected at least 1"),
         ("train.prompts_per_step=0", "train.prompts_per_step: found 0, expected at least 1"),
         ("evaluation.temperature=-1", "evaluation.temperature: found -1, expected 0 or more"),
@@ -168,6 +179,27 @@ def test_one_wrong_option_is_one_problem_that_names_it(
     problems = problems_of(options, override)
     assert len(problems) == 1
     assert problem in problems[0]
+
+
+def test_a_budget_of_tokens_counts_what_sequence_parallelism_pads(options: list[str]) -> None:
+    budget = ("parallel.tp=2", "parallel.sequence_parallel=true", "rollout.max_prompt_tokens=1023",
+              "train.max_tokens_per_micro_batch=4095")  # fmt: skip
+    (problem,) = problems_of(options, *budget, world_size=2)
+    assert "1023 + 3072 = 4095, padded to 4096 (a multiple of parallel.tp = 2) tokens" in problem
+
+
+def test_a_budget_of_tokens_needs_global_normalization_and_equal_ranks(options: list[str]) -> None:
+    problems = problems_of(
+        options,
+        "train.max_tokens_per_micro_batch=4096",
+        "algorithm.normalization=per_microbatch",
+        "parallel.dp=3",
+        world_size=3,
+    )
+    assert len(problems) == 2
+    assert "64 * 1 = 64 sequences, not a multiple of parallel.dp = 3; " in problems[0]
+    assert "train.micro_batch_size that works" not in problems[0]
+    assert problems[1].startswith("algorithm.normalization: per_microbatch depends on which seq")
 
 
 def test_a_dry_run_reports_a_checkpoint_that_is_not_here(options: list[str]) -> None:

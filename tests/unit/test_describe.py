@@ -42,6 +42,13 @@ def test_rank_table_has_one_aligned_line_per_rank() -> None:
     assert [int(number) for number in lines[9].split()] == [9, 1, 1, 1, 2, 1]
 
 
+def test_a_budget_of_tokens_leaves_the_number_of_micro_batches_open() -> None:
+    config = load_config(["train.max_tokens_per_micro_batch=16384"])
+    text = " ".join(describe(config, phase="train", ranks=[]).split())
+    assert "most tokens a micro-batch 16384 train.max_tokens_per_micro_batch" in text
+    assert "micro-batches a rank" not in text
+
+
 def test_describe_says_how_many_chunks_a_stage_holds() -> None:
     config = load_config(["parallel.pp=2", "parallel.vpp=3"])
     ranks = Topology(tp=1, pp=2, dp=1, vpp=3).all_coordinates()

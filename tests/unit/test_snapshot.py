@@ -68,11 +68,44 @@ def test_a_copy_that_fails_is_told_to_the_reader() -> None:
         list(flat(snapshot.values()))
 
 
-def test_who_changes_the_tensors_waits_no_longer_than_the_deadline() -> None:
+def test_a_copy_that_is_broken_off_gives_no_older_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers: dict[int, Tensor] = {}
+    Snapshot(tensors(), buffers).take(later())
+    snapshot = Snapshot(tensors(), buffers)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshot, "_copy_rest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        snapshot.take(later())
+    with pytest.raises(CheckpointError, match="broken off"):
+        list(flat(snapshot.values()))
+
+
+def test_given_up_nothing_is_copied() -> None:
+    buffers: dict[int, Tensor] = {}
+    snapshot = Snapshot(tensors(), buffers)
+    snapshot.abandon()
+    snapshot.take(later())
+    assert buffers == {}
+
+
+def test_who_changes_the_tensors_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("osft_mcore.checkpoint.snapshot.LEAST_PATIENCE_S", 0.1)
     snapshot = Snapshot(tensors(), {})
     snapshot._lock.acquire()
-    with pytest.raises(CheckpointError, match="timeout_minutes"):
-        snapshot.take(time.monotonic() + 0.05)
+    for deadline in (time.monotonic() + 0.2, time.monotonic() - 100):
+        with pytest.raises(CheckpointError, match="timeout_minutes"):
+            snapshot.take(deadline)
+
+
+def test_a_piece_under_way_is_waited_for_after_the_deadline() -> None:
+    snapshot = Snapshot(tensors(), {})
+    snapshot._lock.acquire()
+    threading.Timer(0.2, snapshot._lock.release).start()
+    snapshot.take(time.monotonic() - 100)
+    assert snapshot._taken
 
 
 def test_changed_by_another_thread_at_any_time() -> None:

@@ -46,6 +46,7 @@ def update(
         entropy=entropy,
         grad_norm=others.get("grad_norm", 0.0),
         num_tokens=num_tokens,
+        padding_share=others.get("padding", 0.0),
         agreement=agreement,
         not_finite=not_finite,
     )
@@ -65,13 +66,16 @@ def test_lengths_and_cut_offs() -> None:
 def test_token_means_weigh_updates_by_their_tokens() -> None:
     found = update_metrics(
         [
-            update(num_tokens=10, nll=1.0, entropy=0.5, loss=1.0, grad_norm=2.0, diff=1e-5),
+            update(
+                num_tokens=10, nll=1.0, entropy=0.5, loss=1.0, grad_norm=2.0, diff=1e-5, padding=0.5
+            ),
             update(num_tokens=30, nll=2.0, entropy=0.1, loss=4.0, grad_norm=3.0, diff=9.0),
         ]
     )
     assert found == pytest.approx(
         {
             "loss/loss": 2.5,
+            "train/padding_share": 0.25,
             "loss/nll": 1.75,
             "loss/perplexity": math.exp(1.75),
             "loss/entropy": 0.2,
@@ -92,7 +96,9 @@ def test_skipped_updates_are_counted_and_nothing_else() -> None:
         num_tokens=9, nll=nan, entropy=nan, loss=nan, grad_norm=nan, diff=5.0, not_finite="loss"
     )
     taken = [
-        update(num_tokens=10, nll=1.0, entropy=0.5, loss=1.0, grad_norm=2.0, diff=1e-5),
+        update(
+            num_tokens=10, nll=1.0, entropy=0.5, loss=1.0, grad_norm=2.0, diff=1e-5, padding=0.5
+        ),
         update(num_tokens=30, nll=2.0, entropy=0.1, loss=4.0, grad_norm=3.0, diff=9.0),
     ]
     assert update_metrics([skipped, taken[0], skipped, taken[1]]) == {
