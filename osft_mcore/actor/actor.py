@@ -110,6 +110,7 @@ class Actor:
             dtype=self.dtype,
             sequence_parallel=parallel.sequence_parallel,
             vocab_multiple=model.vocab_multiple,
+            recompute=train.recompute,
         )
         self.layouts = actor_layouts(
             shape,
@@ -300,6 +301,7 @@ class Actor:
             tau_sample=taus.sample,
             vocab=self.shape.vocab,
             tp_group=self.context.tp_group,
+            recompute=self.train.recompute_loss,
             partial_hidden_grad=self.sequence_parallel,
         )
         num_tokens = torch.tensor(

@@ -8,6 +8,9 @@ from pydantic import Field, with_config
 Phase = Literal["train", "sft"]
 """Which command: `osft train` samples the answers that it learns, to `osft sft` they are given."""
 
+Recompute = Literal["none", "selective", "full"]
+"""See `TrainConfig.recompute`."""
+
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +132,13 @@ class TrainConfig:
     max_tokens_per_micro_batch: int | None = None
     """Instead of micro_batch_size: sequences of like length share a forward pass, as many as fit
     into this many tokens, padding included. Results are the same, padding is less."""
+    recompute: Recompute = "none"
+    """Activations that the backward pass computes again instead of keeping them: of `selective` the
+    MLPs, of `full` whole layers. Changes memory and speed, not results."""
+    recompute_loss: bool = False
+    """The backward pass computes the logits again. Otherwise gradients of hidden states and output
+    weight are kept from the loss on, in fp32; this helps where a second such gradient of the output
+    weight (vocabulary / tp * hidden) is too much. Changes memory and speed, not results."""
     lr: float = 1e-7
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_warmup_steps: int = 10

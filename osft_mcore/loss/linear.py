@@ -61,7 +61,8 @@ def token_loss(
     A token's loss depends on its own lp and H alone: the gradient of its z is known as soon as they
     are, and those of hidden_TH and weight_VH are formed in the forward pass, three products in all.
     Both are kept until the backward pass, which may come once, and scaled there.
-    `recompute` keeps [T] figures instead and computes z again then, a fourth product.
+    `recompute` keeps [T] figures instead and computes z again then, a fourth product; the gradient
+    of weight_VH goes straight to its main_grad, so that it never exists a second time.
 
     Collective over tp_group, forward and backward; targets are global ids, the same on every rank
     of the group. The gradient of weight_VH is this shard's; it is added to weight_VH.main_grad
@@ -178,38 +179,40 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
+        main_grad = getattr(ctx.weight, "main_grad", None)
         if plan.recompute:
-            kept = _recomputed(ctx)
+            kept = _recomputed(ctx, grads[0], main_grad)
         else:
             assert ctx.kept is not None, "the gradients were handed out by an earlier backward pass"
             kept, ctx.kept = ctx.kept, None
-        grad_hidden_TH = kept.hidden_TH.mul_(grads[0])
-        grad_weight_VH: Tensor | None = kept.weight_VH.mul_(grads[0])
+            kept.hidden_TH.mul_(grads[0])
+            kept.weight_VH.mul_(grads[0])
         if plan.tp_group.size() > 1 and not plan.partial_hidden_grad:
-            dist.all_reduce(grad_hidden_TH, group=plan.tp_group)
-        main_grad = getattr(ctx.weight, "main_grad", None)
-        if main_grad is not None:
-            main_grad.add_(grad_weight_VH)
-            grad_weight_VH = None
-        else:
+            dist.all_reduce(kept.hidden_TH, group=plan.tp_group)
+        grad_weight_VH: Tensor | None = None
+        if main_grad is None:
             grad_weight_VH = kept.weight_VH.to(ctx.weight.dtype)
-        return grad_hidden_TH.to(ctx.dtype), grad_weight_VH, None, None
+        elif kept.weight_VH is not main_grad:
+            main_grad.add_(kept.weight_VH)
+        return kept.hidden_TH.to(ctx.dtype), grad_weight_VH, None, None
 
 
 class _Kept(NamedTuple):
-    """Gradients that wait for the backward pass, widened."""
+    """Gradients of hidden states and weight, widened; mostly they wait for the backward pass."""
 
     hidden_TH: Tensor
     """Of this shard's part of the loss."""
     weight_VH: Tensor
 
     @classmethod
-    def empty(cls, hidden_TH: Tensor, weight_VH: Tensor) -> "_Kept":
-        """Nothing is added yet."""
+    def empty(
+        cls, hidden_TH: Tensor, weight_VH: Tensor, main_grad: Tensor | None = None
+    ) -> "_Kept":
+        """Nothing is added yet, unless to `main_grad`: it is taken where it is as wide."""
         exact = widened(hidden_TH.dtype)
-        return cls(
-            torch.empty_like(hidden_TH, dtype=exact), torch.zeros_like(weight_VH, dtype=exact)
-        )
+        if main_grad is None or main_grad.dtype != exact:
+            main_grad = torch.zeros_like(weight_VH, dtype=exact)
+        return cls(torch.empty_like(hidden_TH, dtype=exact), main_grad)
 
     def add(self, rows: slice, grad_CV: Tensor, hidden_CH: Tensor, weight: Tensor) -> None:
         """Take the gradient of a chunk's logits to both; `weight` without padding."""
@@ -217,18 +220,18 @@ class _Kept(NamedTuple):
         add_weight_gradient(self.weight_VH[: weight.shape[0]], grad_CV, hidden_CH)
 
 
-def _recomputed(ctx: Any) -> _Kept:
-    """The gradients, from logits computed again."""
+def _recomputed(ctx: Any, scale: Tensor, main_grad: Tensor | None) -> _Kept:
+    """The gradients times `scale`, from logits computed again; the weight's onto `main_grad`."""
     hidden_TH, local_targets_T = ctx.saved_tensors
     plan: _Plan = ctx.plan
     weight = ctx.weight[: plan.num_real]
-    kept = _Kept.empty(hidden_TH, ctx.weight)
+    kept = _Kept.empty(hidden_TH, ctx.weight, main_grad)
     buffers_2CV = plan.buffers(hidden_TH)
+    by_logprob_T, by_entropy_T = ctx.slopes
     for rows in plan.chunks(hidden_TH.shape[0]):
         statistics = _Statistics(*(at_T[rows] for at_T in ctx.statistics))
-        by_entropy_T = ctx.slopes.by_entropy_C
         slopes = _Slopes(
-            ctx.slopes.by_logprob_C[rows], None if by_entropy_T is None else by_entropy_T[rows]
+            by_logprob_T[rows] * scale, None if by_entropy_T is None else by_entropy_T[rows] * scale
         )
         below_CV, exp_CV = buffers_2CV[:, : rows.stop - rows.start]
         logits(hidden_TH[rows], weight, out_CV=below_CV)

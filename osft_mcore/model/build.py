@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from osft_mcore.config.model_shape import ModelShape, padded_vocab
+from osft_mcore.config.schema import Recompute
 from osft_mcore.model.local_spec import RmsNorm, local_layer_spec
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
@@ -53,6 +54,7 @@ def build_chunks(
     dtype: torch.dtype,
     sequence_parallel: bool,
     vocab_multiple: int,
+    recompute: Recompute = "none",
 ) -> list[nn.Module]:
     """The model chunks of this rank's pipeline stage, weights uninitialised. Every rank must call.
 
@@ -66,7 +68,11 @@ def build_chunks(
     chunks: list[nn.Module] = []
     with megatron_device():
         config = transformer_config(
-            shape, context, dtype=dtype, sequence_parallel=sequence_parallel
+            shape,
+            context,
+            dtype=dtype,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
         )
         for chunk, local_layers in enumerate(layers):
             is_last = context.is_last_stage and chunk == topology.vpp - 1
@@ -121,10 +127,14 @@ def _hidden_states_unchanged(hidden: Tensor, **_unused: Any) -> tuple[Tensor, No
 
 
 def transformer_config(
-    shape: ModelShape, context: ParallelContext, *, dtype: torch.dtype, sequence_parallel: bool
+    shape: ModelShape,
+    context: ParallelContext,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: Recompute,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of a dense decoder in the Qwen / Llama style."""
-    engine = uses_transformer_engine()
     interleaved = context.topology.vpp > 1
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -160,16 +170,46 @@ def transformer_config(
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=context.device.type == "cpu",
+        **_fusions(),
+        **_recomputation(recompute),
+    )
+
+
+def _fusions() -> dict[str, bool]:
+    """Which of Megatron-Core's fused kernels are used."""
+    engine = uses_transformer_engine()
+    return {
         # The output layer is Megatron-Core's own, which takes this kernel from apex.
-        gradient_accumulation_fusion=(
+        "gradient_accumulation_fusion": (
             engine and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
         ),
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=engine,
-        persist_layer_norm=engine,
-    )
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": engine,
+        "persist_layer_norm": engine,
+    }
+
+
+def _recomputation(recompute: Recompute) -> dict[str, Any]:
+    """What the backward pass computes again, in Megatron-Core's words.
+
+    Selective: the MLP, whose intermediate activations are the most by far. Not `core_attn`: torch's
+    and Transformer Engine's attention keep no scores, so there only one number a token and head
+    would be saved. Not `layernorm`: Megatron-Core 0.16.1 needs Transformer Engine for it, whose
+    norms are fused with the product that follows.
+    """
+    match recompute:
+        case "none":
+            return {}
+        case "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+        case "full":
+            return {
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 1,
+            }
 
 
 def _pipeline_layout(num_layers: int, topology: Topology) -> list[list[str]] | None:

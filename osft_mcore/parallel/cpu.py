@@ -1,7 +1,8 @@
 """Lets Megatron-Core run where there is no CUDA: everything it assumes of CUDA, in one place.
 
-Megatron-Core 0.16.1 names the CUDA device in constructors, asks for the current device and
-compares `Tensor.type()` with CUDA type names. `megatron_device()` is entered around every call
+Megatron-Core 0.16.1 names the CUDA device in constructors, asks for the current device, compares
+`Tensor.type()` with CUDA type names, and keeps the state of CUDA's random number generator for
+activations that are computed twice. `megatron_device()` is entered around every call
 into Megatron-Core; where CUDA exists it does nothing, and outside of it nothing is changed, so
 that vLLM's CPU build never sees these substitutions.
 """
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -46,14 +48,21 @@ def megatron_device() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    saved = torch.cuda.current_device, torch.cuda.synchronize
-    torch.cuda.current_device = _current_device
-    torch.cuda.synchronize = _synchronize
+    replaced = (
+        (torch.cuda, "current_device", _current_device),
+        (torch.cuda, "synchronize", _synchronize),
+        (megatron_random, "_get_cuda_rng_state", _no_rng_state),
+        (megatron_random, "_set_cuda_rng_state", _keep_rng_state),
+    )
+    saved = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, ours in replaced:
+        setattr(module, name, ours)
     try:
         with _CudaMeansCpu():
             yield
     finally:
-        torch.cuda.current_device, torch.cuda.synchronize = saved
+        for (module, name, _), theirs in zip(replaced, saved, strict=True):
+            setattr(module, name, theirs)
 
 
 def _current_device() -> Any:
@@ -62,3 +71,12 @@ def _current_device() -> Any:
 
 def _synchronize(device: Any = None) -> None:
     """Nothing runs asynchronously on CPU."""
+
+
+def _no_rng_state(*_unused: Any, **_unused_by_name: Any) -> torch.Tensor:
+    """CUDA's generator does not exist. Megatron-Core keeps the CPU's, the only one, by itself."""
+    return torch.empty(0, dtype=torch.uint8)
+
+
+def _keep_rng_state(_state: torch.Tensor, **_unused: Any) -> None:
+    """Nothing to put back."""

@@ -12,7 +12,7 @@ from osft_mcore.checkpoint.manifest import problems_of, replace_member
 from osft_mcore.checkpoint.model_card import model_card, read_provenance
 from osft_mcore.config.load import to_yaml
 from osft_mcore.config.model_shape import ModelShape, read_model_shape
-from osft_mcore.config.schema import Phase, RunConfig
+from osft_mcore.config.schema import Phase, RunConfig, TrainConfig
 from osft_mcore.errors import CheckpointError, ConfigError
 from osft_mcore.log.console import Console
 from osft_mcore.log.lock import run_lock
@@ -263,7 +263,8 @@ def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_ste
     console.say(
         f"actor: Megatron-Core tp={parallel.tp} pp={parallel.pp} dp={parallel.dp}"
         f"{f' vpp={parallel.vpp}' if parallel.vpp > 1 else ''}"
-        f"{' +sp' if parallel.sequence_parallel else ''};  rollout: vLLM tp={rollout.tp}"
+        f"{' +sp' if parallel.sequence_parallel else ''}{_recomputed(config.train)};  "
+        f"rollout: vLLM tp={rollout.tp}"
     )
     kernels = ", ".join(f"{part}: {kernel}" for part, kernel in kernels_in_use().items())
     console.say(f"kernels: {kernels}")
@@ -274,3 +275,8 @@ def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_ste
         f"tau_sample {rollout.tau_sample:g} (annealing {rollout.annealing.mode}), "
         f"tau_train {tau_train}{entropy}, lr {config.train.lr:g}, {num_steps} steps"
     )
+
+
+def _recomputed(train: TrainConfig) -> str:
+    activations = "" if train.recompute == "none" else f" recompute={train.recompute}"
+    return activations + (" +recompute_loss" if train.recompute_loss else "")

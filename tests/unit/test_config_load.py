@@ -110,6 +110,10 @@ def test_all_problems_come_back_in_one_error() -> None:
         ("seed='3'", "seed: found '3', expected a whole number"),
         ("seed=true", "seed: found true, expected a whole number"),
         ("train.steps=1.5", "train.steps: found 1.5, expected a whole number"),
+        (
+            "train.recompute=some",
+            "train.recompute: found 'some', expected 'none', 'selective' or 'full'",
+        ),
         ("train.lr=null", "train.lr: found null, expected a number"),
         ("train.lr='1e-7'", "train.lr: found '1e-7', expected a number"),
         ("train.lr=nan", "train.lr: found nan, expected a finite number"),
