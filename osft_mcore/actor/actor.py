@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from osft_mcore.actor.batching import MicroBatch, micro_batches
-from osft_mcore.actor.megatron_layout import actor_layouts
+from osft_mcore.actor.megatron_layout import actor_layouts, named_parameters
 from osft_mcore.actor.optimizer import (
     build_optimizer,
     gradient_norm,
@@ -22,19 +21,19 @@ from osft_mcore.actor.optimizer import (
     take_step,
     wrap_data_parallel,
 )
+from osft_mcore.actor.reference import Reference
+from osft_mcore.actor.response_loss import response_loss
 from osft_mcore.actor.restore import restore
+from osft_mcore.actor.start_weights import load_start_weights
 from osft_mcore.actor.training_state import StateTensor, adam_step, set_adam_step, training_state
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
-from osft_mcore.loss.linear import TokenLoss, token_loss
-from osft_mcore.loss.objectives import token_objective
+from osft_mcore.loss.linear import TokenLoss
+from osft_mcore.loss.objectives import kl_estimate, token_objective
 from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.records import Example
-from osft_mcore.weights.fill import random_into
-from osft_mcore.weights.params import chunk_prefix
-from osft_mcore.weights.safetensors_io import load_into
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +52,8 @@ class UpdateResult:
     """Response tokens in the loss."""
     agreement: "Agreement | None"
     """Present when the examples carry the rollout engine's log-probabilities."""
+    kl: float | None = None
+    """Mean algorithm.kl_kind of the response tokens; None without a reference model."""
     not_finite: str = ""
     """What was NaN or infinite, on any rank; empty if nothing was."""
 
@@ -90,9 +91,14 @@ class Actor:
         max_response_tokens: int,
         seed: int,
         checkpoint: Path | None = None,
+        reference: Reference | None = None,
     ) -> None:
-        """`checkpoint`: take weights and optimizer from there instead of from the model."""
-        self.shape, self.context = shape, context
+        """`checkpoint`: take weights and optimizer from there instead of from the model.
+
+        `reference`: what algorithm.kl_coef > 0 measures from.
+        """
+        assert (reference is None) == (algorithm.kl_coef == 0), "one needs the other"
+        self.shape, self.context, self.reference = shape, context, reference
         self.model, self.train, self.algorithm = model, train, algorithm
         self.max_response_tokens = max_response_tokens
         self.sequence_parallel = parallel.sequence_parallel
@@ -113,8 +119,9 @@ class Actor:
             vocab_multiple=model.vocab_multiple,
             transformer_engine=uses_transformer_engine(),
         )
+        layout = self.layouts[context.rank]
         if checkpoint is None:
-            self._load_weights(seed)
+            load_start_weights(self.parameters(), layout, shape, model, seed=seed)
         with megatron_device():
             self.wrapped = [
                 wrap_data_parallel(chunk, distributed_optimizer=distributed)
@@ -124,8 +131,7 @@ class Actor:
                 self.wrapped, train, dtype=self.dtype, distributed_optimizer=distributed
             )
         if checkpoint is not None:
-            layouts = self.layouts[context.rank]
-            restore(self.training_state(), layouts, self.shard, checkpoint)
+            restore(self.training_state(), layout, self.shard, checkpoint)
 
     @property
     def shard(self) -> int:
@@ -135,11 +141,7 @@ class Actor:
 
     def parameters(self) -> dict[str, Tensor]:
         """This rank's live parameters, by the names of its layouts."""
-        return {
-            chunk_prefix(number, len(self.chunks)) + name: parameter.data
-            for number, chunk in enumerate(self.chunks)
-            for name, parameter in chunk.named_parameters()
-        }
+        return {name: parameter.data for name, parameter in named_parameters(self.chunks).items()}
 
     def update(
         self,
@@ -194,15 +196,9 @@ class Actor:
 
     def training_state(self) -> list[StateTensor]:
         """The live tensors of weights and optimizer that this rank holds."""
-        named = {
-            chunk_prefix(number, len(self.chunks)) + name: parameter
-            for number, chunk in enumerate(self.chunks)
-            for name, parameter in chunk.named_parameters()
-        }
-        place = self.context.coordinates
-        return training_state(
-            self.optimizer, named, dp=self.context.topology.dp, dp_rank=place.dp_rank
-        )
+        named, dp = named_parameters(self.chunks), self.context.topology.dp
+        dp_rank = self.context.coordinates.dp_rank
+        return training_state(self.optimizer, named, dp=dp, dp_rank=dp_rank)
 
     @property
     def num_updates(self) -> int:
@@ -212,13 +208,6 @@ class Actor:
     @num_updates.setter
     def num_updates(self, value: int) -> None:
         set_adam_step(self.optimizer, value)
-
-    def _load_weights(self, seed: int) -> None:
-        parameters = self.parameters()
-        if self.model.init == "random":
-            random_into(parameters, self.layouts[self.context.rank], self.shape, seed)
-        else:
-            load_into(parameters, self.layouts[self.context.rank], self.model.path)
 
     def _forward_backward(
         self, examples: Sequence[Example], taus: "_Temperatures", *, forward_only: bool
@@ -233,6 +222,8 @@ class Actor:
             algorithm=self.algorithm,
             max_response_tokens=self.max_response_tokens,
         )
+        if self.reference is not None:
+            batches = self.reference.score(batches, tau=taus.train)
         parts: list[_Sums] = get_forward_backward_func()(
             forward_step_func=partial(self._forward, taus=taus),
             # Every chunk sees every micro-batch.
@@ -256,32 +247,27 @@ class Actor:
     def _loss(
         self, batch: MicroBatch, taus: "_Temperatures", hidden_BSH: Tensor
     ) -> tuple[Tensor, Tensor, "_Sums"]:
-        if self.sequence_parallel:
-            # Its backward sums over ranks while it scatters: nobody else has to.
-            hidden_SBH = gather_from_sequence_parallel_region(
-                hidden_BSH.transpose(0, 1), tensor_parallel_output_grad=True
-            )
-            hidden_BSH = hidden_SBH.transpose(0, 1)
-        found = token_loss(
-            hidden_BSH.flatten(0, 1)[batch.predictor_T],
+        found = response_loss(
+            hidden_BSH,
             output_weight(self.chunks[-1]),
-            batch.targets_T,
-            token_objective(batch.weights_T, self.algorithm),
+            batch,
+            token_objective(batch.weights_T, self.algorithm, batch.reference_logprobs_T),
             tau_train=taus.train,
             tau_sample=taus.sample,
             vocab=self.shape.vocab,
             tp_group=self.context.tp_group,
-            partial_hidden_grad=self.sequence_parallel,
+            sequence_parallel=self.sequence_parallel,
         )
         num_tokens = torch.tensor(
             batch.targets_T.numel(), dtype=torch.int, device=self.context.device
         )
-        sums = _Sums.of(batch, found, num_replicas=self.context.topology.num_replicas)
+        num_replicas = self.context.topology.num_replicas
+        sums = _Sums.of(batch, found, self.algorithm, num_replicas=num_replicas)
         return found.loss, num_tokens, sums
 
     def _result(self, parts: list["_Sums"], *, grad_norm: float) -> UpdateResult:
         totals, peaks = self._reduce(parts, grad_norm=grad_norm)
-        loss, nll, entropy, num_tokens, diff, num_compared, broken_norm = totals.tolist()
+        loss, nll, entropy, kl, num_tokens, diff, num_compared, broken_norm = totals.tolist()
         if broken_norm:
             # Perhaps another rank's: copies of the model are reduced alike, but may break alone.
             grad_norm = broken_norm
@@ -295,6 +281,7 @@ class Actor:
             grad_norm=grad_norm,
             num_tokens=int(num_tokens),
             agreement=agreement,
+            kl=None if self.reference is None else kl / max(num_tokens, 1),
             not_finite=_not_finite({"loss": loss, "gradient norm": grad_norm}),
         )
 
@@ -316,7 +303,7 @@ class Actor:
         return totals, peaks
 
 
-_NUM_TOTALS = 6
+_NUM_TOTALS = 7
 
 
 def _not_finite(figures: Mapping[str, float]) -> str:
@@ -339,13 +326,20 @@ class _Sums:
     """One micro-batch's contribution to the statistics."""
 
     totals: Tensor
-    """loss, nll, entropy, tokens in the loss, |logprob diff|, tokens compared"""
+    """loss, nll, entropy, KL estimate, tokens in the loss, |logprob diff|, tokens compared"""
     peaks: Tensor
     """Largest |logprob diff| by rollout replica."""
 
     @staticmethod
-    def of(batch: MicroBatch, found: TokenLoss, *, num_replicas: int) -> "_Sums":
+    def of(
+        batch: MicroBatch, found: TokenLoss, algorithm: AlgorithmConfig, *, num_replicas: int
+    ) -> "_Sums":
         trained_T = batch.weights_T > 0
+        kl_T = torch.zeros_like(found.logprobs_train_T)
+        if algorithm.kl_coef > 0:
+            kl_T = kl_estimate(
+                found.logprobs_train_T, batch.reference_logprobs_T, algorithm.kl_kind
+            )
         diff_T = (found.logprobs_sample_T - batch.rollout_logprobs_T).abs()
         compared_T = ~batch.rollout_logprobs_T.isnan()
         # A NaN on the actor's side must reach the gate, not vanish in a maximum.
@@ -357,6 +351,7 @@ class _Sums:
                 found.loss.detach().double(),
                 -found.logprobs_train_T[trained_T].double().sum(),
                 found.entropy_T[trained_T].double().sum(),
+                kl_T[trained_T].double().sum(),
                 trained_T.sum().double(),
                 diff_T.double().sum(),
                 compared_T.sum().double(),
