@@ -15,17 +15,10 @@ from osft_mcore.actor.megatron_layout import actor_layouts, named_parameters
 from osft_mcore.actor.response_loss import response_loss
 from osft_mcore.actor.start_weights import load_start_weights
 from osft_mcore.config.model_shape import ModelShape
-from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig
+from osft_mcore.config.schema import ModelConfig, ParallelConfig
 from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
-
-
-def reference_source(model: ModelConfig, algorithm: AlgorithmConfig) -> ModelConfig:
-    """Where the reference model comes from: algorithm.reference, or where the run starts."""
-    if not algorithm.reference:
-        return model
-    return replace(model, path=algorithm.reference, init="pretrained")
 
 
 class Reference:

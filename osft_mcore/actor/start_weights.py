@@ -1,14 +1,22 @@
-"""The weights that a run starts from."""
+"""The weights that a run starts from, and those that its KL penalty measures from."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from osft_mcore.config.model_shape import ModelShape
-from osft_mcore.config.schema import ModelConfig
+from osft_mcore.config.schema import AlgorithmConfig, ModelConfig
 from osft_mcore.weights.fill import random_into
 from osft_mcore.weights.layout import Layout
 from osft_mcore.weights.safetensors_io import load_into
+
+
+def reference_source(model: ModelConfig, algorithm: AlgorithmConfig) -> ModelConfig:
+    """Where the reference model comes from: algorithm.reference, or where the run starts."""
+    if not algorithm.reference:
+        return model
+    return replace(model, path=algorithm.reference, init="pretrained")
 
 
 def load_start_weights(

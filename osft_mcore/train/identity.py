@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from osft_mcore.actor.reference import reference_source
+from osft_mcore.actor.start_weights import reference_source
 from osft_mcore.config.check import Phase
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape

@@ -7,7 +7,8 @@ from typing import Any
 
 from osft_mcore.actor.actor import Actor
 from osft_mcore.actor.export import export_hf
-from osft_mcore.actor.reference import Reference, reference_source
+from osft_mcore.actor.reference import Reference
+from osft_mcore.actor.start_weights import reference_source
 from osft_mcore.checkpoint.folder import checkpoints_in, set_aside, step_of
 from osft_mcore.checkpoint.manifest import problems_of, replace_member
 from osft_mcore.checkpoint.model_card import model_card, read_provenance
