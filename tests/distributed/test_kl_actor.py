@@ -33,7 +33,7 @@ TAU, COEF = 0.8, 0.5
 Layout = tuple[int, int, int, int, int]
 """tp, pp, vpp, dp, micro-batch size"""
 ONE: Layout = (1, 1, 1, 1, 4)
-LR, NUM_STEPS, NUM_EXAMPLES = 1e-4, 3, 16
+LR, NUM_STEPS, NUM_EXAMPLES = 1e-4, 3, 8
 Figures = list[tuple[float, float, float, float, float]]
 """Loss, gradient norm, negative log-likelihood, entropy, KL of each update."""
 
