@@ -1,20 +1,17 @@
 """The trained model on this rank: weights, forward and backward, optimizer updates."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from osft_mcore.actor.batching import MicroBatch, micro_batches
-from osft_mcore.actor.megatron_layout import actor_layouts
+from osft_mcore.actor.megatron_layout import actor_layouts, named_parameters
 from osft_mcore.actor.optimizer import (
     build_optimizer,
     gradient_norm,
@@ -22,60 +19,20 @@ from osft_mcore.actor.optimizer import (
     take_step,
     wrap_data_parallel,
 )
+from osft_mcore.actor.reference import Reference
+from osft_mcore.actor.response_loss import response_loss
 from osft_mcore.actor.restore import restore
+from osft_mcore.actor.result import Sums, UpdateResult, update_result
 from osft_mcore.actor.splitting import Split, budget_split, fixed_split, padding_share
+from osft_mcore.actor.start_weights import load_start_weights
 from osft_mcore.actor.training_state import StateTensor, adam_step, set_adam_step, training_state
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
-from osft_mcore.loss.linear import TokenLoss, token_loss
 from osft_mcore.loss.objectives import token_objective
 from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.records import Example
-from osft_mcore.weights.fill import random_into
-from osft_mcore.weights.params import chunk_prefix
-from osft_mcore.weights.safetensors_io import load_into
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateResult:
-    """What one optimizer update did, the same on every rank."""
-
-    loss: float
-    """Weighted sum that was minimised."""
-    nll: float
-    """Mean negative log-likelihood of the response tokens at tau_train."""
-    entropy: float
-    """Mean entropy at tau_train, in nats."""
-    grad_norm: float
-    """Before clipping."""
-    num_tokens: int
-    """Response tokens in the loss."""
-    padding_share: float
-    """Of the positions that the forward passes of all ranks computed."""
-    agreement: "Agreement | None"
-    """Present when the examples carry the rollout engine's log-probabilities."""
-    not_finite: str = ""
-    """What was NaN or infinite, on any rank; empty if nothing was."""
-
-    @property
-    def skipped(self) -> bool:
-        """True if weights and optimizer were therefore left as they are."""
-        return bool(self.not_finite)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """|log pi_rollout - log pi_actor| over the same tokens at the same temperature."""
-
-    mean: float
-    max_by_replica: tuple[float, ...]
-
-    @property
-    def max(self) -> float:
-        """Over all replicas."""
-        return max(self.max_by_replica)
 
 
 class Actor:
@@ -93,9 +50,14 @@ class Actor:
         max_response_tokens: int,
         seed: int,
         checkpoint: Path | None = None,
+        reference: Reference | None = None,
     ) -> None:
-        """`checkpoint`: take weights and optimizer from there instead of from the model."""
-        self.shape, self.context = shape, context
+        """`checkpoint`: take weights and optimizer from there instead of from the model.
+
+        `reference`: what algorithm.kl_coef > 0 measures from.
+        """
+        assert (reference is None) == (algorithm.kl_coef == 0), "one needs the other"
+        self.shape, self.context, self.reference = shape, context, reference
         self.model, self.train, self.algorithm = model, train, algorithm
         self.max_response_tokens = max_response_tokens
         self.sequence_parallel = parallel.sequence_parallel
@@ -119,18 +81,16 @@ class Actor:
             transformer_engine=uses_transformer_engine(),
         )
         if checkpoint is None:
-            self._load_weights(seed)
+            layout = self.layouts[context.rank]
+            load_start_weights(self.parameters(), layout, shape, model, seed=seed)
         with megatron_device():
-            self.wrapped = [
-                wrap_data_parallel(chunk, distributed_optimizer=distributed)
-                for chunk in self.chunks
-            ]
+            wrap = partial(wrap_data_parallel, distributed_optimizer=distributed)
+            self.wrapped = [wrap(chunk) for chunk in self.chunks]
             self.optimizer = build_optimizer(
                 self.wrapped, train, dtype=self.dtype, distributed_optimizer=distributed
             )
         if checkpoint is not None:
-            layouts = self.layouts[context.rank]
-            restore(self.training_state(), layouts, self.shard, checkpoint)
+            restore(self.training_state(), self.layouts[context.rank], self.shard, checkpoint)
 
     @property
     def shard(self) -> int:
@@ -140,11 +100,7 @@ class Actor:
 
     def parameters(self) -> dict[str, Tensor]:
         """This rank's live parameters, by the names of its layouts."""
-        return {
-            chunk_prefix(number, len(self.chunks)) + name: parameter.data
-            for number, chunk in enumerate(self.chunks)
-            for name, parameter in chunk.named_parameters()
-        }
+        return {name: parameter.data for name, parameter in named_parameters(self.chunks).items()}
 
     def update(
         self,
@@ -168,9 +124,7 @@ class Actor:
             taus = self._taus(tau_train, tau_sample)
             parts = self._forward_backward(examples, split, taus, forward_only=False)
             grad_norm = gradient_norm(self.optimizer)
-            result = self._result(
-                parts, grad_norm=grad_norm, padding=self._padding(examples, split)
-            )
+            result = self._result(parts, examples, split, grad_norm=grad_norm)
             if not result.skipped:
                 self._let_readers_finish()
                 take_step(self.optimizer, grad_norm=grad_norm)
@@ -193,7 +147,7 @@ class Actor:
         with megatron_device(), torch.no_grad():
             taus = self._taus(tau_train, tau_sample)
             parts = self._forward_backward(examples, split, taus, forward_only=True)
-        return self._result(parts, grad_norm=0.0, padding=self._padding(examples, split))
+        return self._result(parts, examples, split, grad_norm=0.0)
 
     def _taus(self, tau_train: float | None, tau_sample: float) -> "_Temperatures":
         if tau_train is None:
@@ -203,15 +157,9 @@ class Actor:
 
     def training_state(self) -> list[StateTensor]:
         """The live tensors of weights and optimizer that this rank holds."""
-        named = {
-            chunk_prefix(number, len(self.chunks)) + name: parameter
-            for number, chunk in enumerate(self.chunks)
-            for name, parameter in chunk.named_parameters()
-        }
-        place = self.context.coordinates
-        return training_state(
-            self.optimizer, named, dp=self.context.topology.dp, dp_rank=place.dp_rank
-        )
+        named, dp = named_parameters(self.chunks), self.context.topology.dp
+        dp_rank = self.context.coordinates.dp_rank
+        return training_state(self.optimizer, named, dp=dp, dp_rank=dp_rank)
 
     @property
     def num_updates(self) -> int:
@@ -221,13 +169,6 @@ class Actor:
     @num_updates.setter
     def num_updates(self, value: int) -> None:
         set_adam_step(self.optimizer, value)
-
-    def _load_weights(self, seed: int) -> None:
-        parameters = self.parameters()
-        if self.model.init == "random":
-            random_into(parameters, self.layouts[self.context.rank], self.shape, seed)
-        else:
-            load_into(parameters, self.layouts[self.context.rank], self.model.path)
 
     def _split(self, examples: Sequence[Example]) -> Split:
         train, topology = self.train, self.context.topology
@@ -243,9 +184,17 @@ class Actor:
             group=topology.micro_batch_group,
         )
 
-    def _padding(self, examples: Sequence[Example], split: Split) -> float:
+    def _result(
+        self, parts: list[Sums], examples: Sequence[Example], split: Split, *, grad_norm: float
+    ) -> UpdateResult:
         lengths = [example.num_tokens for example in examples]
-        return padding_share(lengths, split, pad_to_multiple=self.pad_to_multiple)
+        return update_result(
+            parts,
+            self.context,
+            grad_norm=grad_norm,
+            padding=padding_share(lengths, split, pad_to_multiple=self.pad_to_multiple),
+            with_kl=self.reference is not None,
+        )
 
     def _forward_backward(
         self,
@@ -254,7 +203,7 @@ class Actor:
         taus: "_Temperatures",
         *,
         forward_only: bool,
-    ) -> list["_Sums"]:
+    ) -> list[Sums]:
         batches = micro_batches(
             examples,
             split,
@@ -263,7 +212,9 @@ class Actor:
             algorithm=self.algorithm,
             max_response_tokens=self.max_response_tokens,
         )
-        parts: list[_Sums] = get_forward_backward_func()(
+        if self.reference is not None:
+            batches = self.reference.score(batches, tau=taus.train)
+        parts: list[Sums] = get_forward_backward_func()(
             forward_step_func=partial(self._forward, taus=taus),
             # Every chunk sees every micro-batch.
             data_iterator=[iter(batches) for _ in self.wrapped],
@@ -285,75 +236,25 @@ class Actor:
 
     def _loss(
         self, batch: MicroBatch, taus: "_Temperatures", hidden_BSH: Tensor
-    ) -> tuple[Tensor, Tensor, "_Sums"]:
-        if self.sequence_parallel:
-            # Its backward sums over ranks while it scatters: nobody else has to.
-            hidden_SBH = gather_from_sequence_parallel_region(
-                hidden_BSH.transpose(0, 1), tensor_parallel_output_grad=True
-            )
-            hidden_BSH = hidden_SBH.transpose(0, 1)
-        found = token_loss(
-            hidden_BSH.flatten(0, 1)[batch.predictor_T],
+    ) -> tuple[Tensor, Tensor, Sums]:
+        found = response_loss(
+            hidden_BSH,
             output_weight(self.chunks[-1]),
-            batch.targets_T,
-            token_objective(batch.weights_T, self.algorithm),
+            batch,
+            token_objective(batch.weights_T, self.algorithm, batch.reference_logprobs_T),
             tau_train=taus.train,
             tau_sample=taus.sample,
             vocab=self.shape.vocab,
             tp_group=self.context.tp_group,
             recompute=self.train.recompute_loss,
-            partial_hidden_grad=self.sequence_parallel,
+            sequence_parallel=self.sequence_parallel,
         )
         num_tokens = torch.tensor(
             batch.targets_T.numel(), dtype=torch.int, device=self.context.device
         )
-        sums = _Sums.of(batch, found, num_replicas=self.context.topology.num_replicas)
+        num_replicas = self.context.topology.num_replicas
+        sums = Sums.of(batch, found, self.algorithm, num_replicas=num_replicas)
         return found.loss, num_tokens, sums
-
-    def _result(self, parts: list["_Sums"], *, grad_norm: float, padding: float) -> UpdateResult:
-        totals, peaks = self._reduce(parts, grad_norm=grad_norm)
-        loss, nll, entropy, num_tokens, diff, num_compared, broken_norm = totals.tolist()
-        if broken_norm:
-            # Perhaps another rank's: copies of the model are reduced alike, but may break alone.
-            grad_norm = broken_norm
-        agreement = None
-        if num_compared:
-            agreement = Agreement(mean=diff / num_compared, max_by_replica=tuple(peaks.tolist()))
-        return UpdateResult(
-            loss=loss,
-            nll=nll / max(num_tokens, 1),
-            entropy=entropy / max(num_tokens, 1),
-            grad_norm=grad_norm,
-            num_tokens=int(num_tokens),
-            padding_share=padding,
-            agreement=agreement,
-            not_finite=_not_finite({"loss": loss, "gradient norm": grad_norm}),
-        )
-
-    def _reduce(self, parts: list["_Sums"], *, grad_norm: float) -> tuple[Tensor, Tensor]:
-        """Sums and maxima over micro-batches and ranks; each token counted once.
-
-        One more total is 0 if `grad_norm` is finite on all ranks, else NaN or infinity.
-        """
-        context = self.context
-        totals = torch.zeros(_NUM_TOTALS + 1, dtype=torch.float64, device=context.device)
-        peaks = torch.zeros(context.topology.num_replicas, device=context.device)
-        if context.is_last_stage and context.coordinates.tp_rank == 0:
-            for part in parts:
-                totals[:_NUM_TOTALS] += part.totals
-                peaks = torch.maximum(peaks, part.peaks)
-        totals[_NUM_TOTALS] = 0.0 if math.isfinite(grad_norm) else grad_norm
-        dist.all_reduce(totals, group=context.world_group)
-        dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=context.world_group)
-        return totals, peaks
-
-
-_NUM_TOTALS = 6
-
-
-def _not_finite(figures: Mapping[str, float]) -> str:
-    broken = [(name, value) for name, value in figures.items() if not math.isfinite(value)]
-    return ", ".join(f"{name} is {value}" for name, value in broken)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,34 +265,3 @@ class _Temperatures:
     """Of the loss."""
     sample: float
     """Of the log-probabilities that are held against the rollout engine's."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sums:
-    """One micro-batch's contribution to the statistics."""
-
-    totals: Tensor
-    """loss, nll, entropy, tokens in the loss, |logprob diff|, tokens compared"""
-    peaks: Tensor
-    """Largest |logprob diff| by rollout replica."""
-
-    @staticmethod
-    def of(batch: MicroBatch, found: TokenLoss, *, num_replicas: int) -> "_Sums":
-        trained_T = batch.weights_T > 0
-        diff_T = (found.logprobs_sample_T - batch.rollout_logprobs_T).abs()
-        compared_T = ~batch.rollout_logprobs_T.isnan()
-        # A NaN on the actor's side must reach the gate, not vanish in a maximum.
-        diff_T = torch.where(compared_T, diff_T.nan_to_num(nan=torch.inf), 0.0)
-        peaks = torch.zeros(num_replicas, device=found.loss.device)
-        peaks.scatter_reduce_(0, batch.replicas_T, diff_T, reduce="amax")
-        totals = torch.stack(
-            [
-                found.loss.detach().double(),
-                -found.logprobs_train_T[trained_T].double().sum(),
-                found.entropy_T[trained_T].double().sum(),
-                trained_T.sum().double(),
-                diff_T.double().sum(),
-                compared_T.sum().double(),
-            ]
-        )
-        return _Sums(totals=totals, peaks=peaks)

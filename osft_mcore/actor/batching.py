@@ -28,6 +28,8 @@ class MicroBatch:
     """Weight of each token in the loss of the whole optimizer batch."""
     rollout_logprobs_T: Tensor
     """What the rollout engine saw; NaN for given answers."""
+    reference_logprobs_T: Tensor
+    """The reference model's at tau_train; NaN until they are known, and where there is none."""
     replicas_T: Tensor
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -99,5 +101,6 @@ def collate(
         targets_T=torch.tensor(targets),
         weights_T=torch.tensor(token_weights, dtype=torch.float32),
         rollout_logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
+        reference_logprobs_T=torch.full((len(targets),), torch.nan),
         replicas_T=torch.tensor(replicas),
     )

@@ -1,11 +1,13 @@
 """How Megatron-Core lays out a model over its ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from torch import nn
 
 from osft_mcore.config.model_shape import ModelShape, padded_vocab
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.weights.layout import Layout
-from osft_mcore.weights.params import megatron_layouts
+from osft_mcore.weights.params import chunk_prefix, megatron_layouts
 
 
 def actor_layouts(
@@ -31,4 +33,13 @@ def actor_layouts(
     }
     return {
         place.rank: by_stage[place.pp_rank, place.tp_rank] for place in topology.all_coordinates()
+    }
+
+
+def named_parameters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of a rank's model chunks, by the names of its layouts."""
+    return {
+        chunk_prefix(number, len(chunks)) + name: parameter
+        for number, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
     }

@@ -177,6 +177,12 @@ def _provenance_rows(at: Provenance) -> Iterator[tuple[str, str]]:
         if option == "algorithm.tau_train" and _option(at.options, "algorithm.follow_tau_sample"):
             value = "the sampling temperature of each step"
         yield words, _UNKNOWN if value is None else str(value)
+    coef = _option(at.options, "algorithm.kl_coef")
+    if _is_number(coef) and coef > 0:
+        folder = _option(at.options, "algorithm.reference")
+        whose = f"`{folder}`" if folder else "the model that the run started from"
+        kind = _option(at.options, "algorithm.kl_kind")
+        yield "KL penalty", f"{coef:g} times {kind}, reference: {whose}"
     if _is_number(at.metrics.get("loss/nll")):
         yield "negative log-likelihood of the last batch", f"{at.metrics['loss/nll']:.4g}"
     packages = _section(at.manifest, "packages")

@@ -6,7 +6,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
 
-from osft_mcore.config.check_algorithm import algorithm_problems
+from osft_mcore.config.check_algorithm import (
+    absent_reference,
+    algorithm_problems,
+    reference_problems,
+)
 from osft_mcore.config.check_batches import batch_problems
 from osft_mcore.config.divide import divides, divisors, listed, tensor_parallel_problems
 from osft_mcore.config.duration import seconds
@@ -55,6 +59,8 @@ def check(
         problems += _actor_shape(config, shape)
         if samples:
             problems += _rollout_shape(config, shape, device)
+            tokens = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+            problems += reference_problems(config.algorithm, shape, num_tokens=tokens)
     if problems:
         raise ConfigError(problems)
 
@@ -211,6 +217,7 @@ def _absent_inputs(config: RunConfig) -> Iterator[str]:
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         yield f"data.chat_template: {template!r} is not a file; expected a Jinja template"
+    yield from absent_reference(config.algorithm)
     resume = config.checkpoint.resume
     if resume not in ("", "auto", "never") and not Path(resume).is_dir():
         yield f"checkpoint.resume: {resume!r} is not a folder; expected {RESUME}"

@@ -113,6 +113,15 @@ class AlgorithmConfig:
     `per_microbatch`: mean of micro-batch means, as the reference systems do."""
     train_on_truncated: bool = True
     """Train on answers that hit rollout.max_response_tokens."""
+    kl_coef: float = 0.0
+    """Adds this times an estimate of KL(model || reference) at each token, both at tau_train. 0: no
+    reference model is built. `osft train` only."""
+    kl_kind: Literal["k1", "abs", "k2", "k3"] = "k3"
+    """The estimate; formulas: `kl_estimate` in loss/objectives.py. With the objective cross_entropy
+    k1 has the gradient of that loss itself, times -kl_coef: it holds nothing back."""
+    reference: str = ""
+    """Folder of the reference model, which has the shape of model.path. Empty: the starting
+    model."""
 
 
 @with_config(extra="forbid")

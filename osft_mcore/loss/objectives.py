@@ -6,8 +6,9 @@ micro-batch is a plain dot product. Shape suffixes: T tokens, C tokens of one ch
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final, Literal
 
+import torch
 from torch import Tensor
 
 from osft_mcore.config.schema import AlgorithmConfig
@@ -16,6 +17,11 @@ from osft_mcore.loss.linear import Objective
 Aggregation = Literal[
     "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
 ]
+KlKind = Literal["k1", "abs", "k2", "k3"]
+K3_LARGEST_RATIO: Final = 20.0
+"""Bound of |log-ratio| in k3, so that its exponential stays finite."""
+K3_LARGEST: Final = 10.0
+"""Bound of |k3|, in nats."""
 
 
 def token_weights(
@@ -79,13 +85,54 @@ def batch_weights(
     return [[next(flat) for _ in lengths] for lengths in groups]
 
 
-def token_objective(weights_T: Tensor, algorithm: AlgorithmConfig) -> Objective:
+def kl_estimate(logprobs_T: Tensor, reference_logprobs_T: Tensor, kind: KlKind) -> Tensor:
+    """An estimate of KL(model || reference) from the log-probability of each token, in nats, [T].
+
+    With d = lp - lp_ref:
+    k1: d;  abs: |d|;  k2: d^2 / 2;
+    k3: clamp(exp(x) - x - 1, -10, 10) with x = clamp(-d, -20, 20).
+    k1, k2, k3: J. Schulman, "Approximating KL Divergence", 2020. Clamps: as in verl's `kl_penalty`,
+    where k1, k2, k3 are also called kl, mse, low_var_kl. Where a clamp acts, the gradient is 0.
+    """
+    above_T = logprobs_T - reference_logprobs_T
+    match kind:
+        case "k1":
+            return above_T
+        case "abs":
+            return above_T.abs()
+        case "k2":
+            return above_T.square() / 2
+        case "k3":
+            ratio_T = (-above_T).clamp(-K3_LARGEST_RATIO, K3_LARGEST_RATIO)
+            # exp(x) - 1 in one piece: near 0, where all begins, the difference is lost to rounding.
+            return (torch.expm1(ratio_T) - ratio_T).clamp(-K3_LARGEST, K3_LARGEST)
+
+
+def token_objective(
+    weights_T: Tensor, algorithm: AlgorithmConfig, reference_logprobs_T: Tensor | None = None
+) -> Objective:
     """The objective that `algorithm` names, for tokens with weights w in the loss.
 
     With lp_t = log softmax(z_t / tau)[y_t] and H_t the entropy of softmax(z_t / tau), in nats:
     cross_entropy: sum_t w_t (-lp_t); entropy: entropy_coef * sum_t w_t H_t, where the sampled
     tokens are constants: the gradient passes through H alone.
+    With kl_coef > 0: + kl_coef * sum_t w_t kl_estimate(lp_t, lp_ref_t), where lp_ref_t, the
+    reference model's at the same tau, is a constant.
     """
+    objective = _without_kl(weights_T, algorithm)
+    if algorithm.kl_coef == 0:
+        return objective
+    assert reference_logprobs_T is not None, "kl_coef > 0 needs the reference's log-probabilities"
+    coef, kind = algorithm.kl_coef, algorithm.kl_kind
+
+    def with_kl(logprobs_C: Tensor, entropy_C: Tensor, rows: slice) -> Tensor:
+        kl_C = kl_estimate(logprobs_C, reference_logprobs_T[rows], kind)
+        return objective(logprobs_C, entropy_C, rows) + coef * weights_T[rows] * kl_C
+
+    return with_kl
+
+
+def _without_kl(weights_T: Tensor, algorithm: AlgorithmConfig) -> Objective:
     match algorithm.objective:
         case "cross_entropy":
             return lambda logprobs_C, _, rows: -weights_T[rows] * logprobs_C

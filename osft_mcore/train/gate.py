@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Final
 
-from osft_mcore.actor.actor import Agreement
+from osft_mcore.actor.result import Agreement
 from osft_mcore.config.schema import SyncConfig
 from osft_mcore.errors import AgreementError
 from osft_mcore.records import Response

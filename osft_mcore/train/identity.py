@@ -6,11 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from osft_mcore.actor.start_weights import reference_source
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.data.parquet import data_sha256
 from osft_mcore.data.tokenizer import tokenizer_files
+from osft_mcore.weights.fingerprint import weights_fingerprint
 
 FIXED: Final = (
     "seed",
@@ -26,6 +28,8 @@ FIXED: Final = (
 """Options that decide which examples a step sees, or what the saved tensors are."""
 FIXED_FOR_SFT: Final = ("rollout.max_response_tokens",)
 """There it decides which examples are dropped."""
+REFERENCE: Final = "algorithm.reference"
+"""Compared where both runs have one: algorithm.kl_coef may change, also from 0 and to 0."""
 NOT_COMPARED: Final = ("output_dir", "checkpoint.resume")
 SHOWN_CHARACTERS: Final = 60
 
@@ -40,6 +44,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
         },
         "data.chat_template": None if template is None else _sha256(Path(template)),
         "data.train": data_sha256(config.data.train),
+        REFERENCE: _reference(config),
     }
 
 
@@ -58,6 +63,8 @@ def conflicts(
     here = dict(_leaves(_plain(identity(config))))
     there = dict(_leaves(saved_identity))
     for name in sorted({*here, *there}):
+        if name == REFERENCE and None in (here.get(name), there.get(name)):
+            continue
         if here.get(name) != there.get(name):
             section = name.split(".")[0]
             lines.append(
@@ -75,6 +82,16 @@ def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
         for name in (*now, *(name for name in before if name not in now))
         if before.get(name) != now.get(name) and name not in NOT_COMPARED
     ]
+
+
+def _reference(config: RunConfig) -> str | None:
+    """What the penalty is measured from; its weights are in no checkpoint."""
+    if config.algorithm.kl_coef == 0:
+        return None
+    source = reference_source(config.model, config.algorithm)
+    if source.init == "random":
+        return f"random weights of seed {config.seed}"
+    return weights_fingerprint(source.path)
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from osft_mcore.actor.actor import Actor, UpdateResult
+from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.result import UpdateResult
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import batch_rows, steps_per_epoch
 from osft_mcore.errors import DataError

@@ -47,6 +47,9 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
     if config.model.init == "pretrained":
         # A run that goes on takes its weights from the checkpoint.
         steps.append(lambda: None if any(point) else _check_weights(config.model.path))
+    if config.algorithm.kl_coef > 0 and config.algorithm.reference:
+        folder = config.algorithm.reference
+        steps.append(lambda: _check_weights(folder, option="algorithm.reference"))
     errors = [error for step in steps if (error := _error_of(step)) is not None]
     try:
         tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
@@ -105,13 +108,13 @@ def _check_weight_plan(config: RunConfig) -> None:
     weight_lines(config, read_model_shape(config.model.path), topology)
 
 
-def _check_weights(model_path: str) -> None:
+def _check_weights(folder: str, option: str = "model.path") -> None:
     """Raise WeightError with the first few tensors that are not as config.json says."""
     try:
-        read_hf_index(model_path)
+        read_hf_index(folder)
     except WeightError as error:
         lines = str(error).splitlines()
-        shown = [f"model.path: {line}" for line in lines[:NUM_TENSORS_SHOWN]]
+        shown = [f"{option}: {line}" for line in lines[:NUM_TENSORS_SHOWN]]
         if len(lines) > NUM_TENSORS_SHOWN:
-            shown.append(f"model.path: and {len(lines) - NUM_TENSORS_SHOWN} more such problems")
+            shown.append(f"{option}: and {len(lines) - NUM_TENSORS_SHOWN} more such problems")
         raise WeightError("\n".join(shown)) from error

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from osft_mcore.actor.actor import Actor, UpdateResult
+from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.result import UpdateResult
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig

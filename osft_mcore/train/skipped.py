@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from osft_mcore.actor.actor import Actor, UpdateResult
+from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.result import UpdateResult
 from osft_mcore.errors import NonFiniteError
 from osft_mcore.log.console import Console
 from osft_mcore.log.run_folder import RunFolder

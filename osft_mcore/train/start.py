@@ -7,6 +7,8 @@ from typing import Any
 
 from osft_mcore.actor.actor import Actor
 from osft_mcore.actor.export import export_hf
+from osft_mcore.actor.reference import Reference
+from osft_mcore.actor.start_weights import reference_source
 from osft_mcore.checkpoint.folder import checkpoints_in, set_aside, step_of
 from osft_mcore.checkpoint.manifest import problems_of, replace_member
 from osft_mcore.checkpoint.model_card import model_card, read_provenance
@@ -96,10 +98,18 @@ def build_actor(
 ) -> Actor:
     """The actor of this rank, weights loaded; from `point` on, if one is given.
 
+    With algorithm.kl_coef > 0 its reference model too, which is the same wherever a run goes on.
     Every rank must call.
     """
+    shape, reference = read_model_shape(config.model.path), None
+    if config.algorithm.kl_coef > 0:
+        # Before the actor: on a GPU it has left by then.
+        source = reference_source(config.model, config.algorithm)
+        reference = Reference(
+            shape, context, source=source, parallel=config.parallel, seed=config.seed
+        )
     actor = Actor(
-        read_model_shape(config.model.path),
+        shape,
         context,
         model=config.model,
         parallel=config.parallel,
@@ -108,6 +118,7 @@ def build_actor(
         max_response_tokens=config.rollout.max_response_tokens,
         seed=config.seed,
         checkpoint=point.folder if point else None,
+        reference=reference,
     )
     if point is not None:
         actor.num_updates = point.num_updates
@@ -275,6 +286,9 @@ def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_ste
         f"tau_sample {rollout.tau_sample:g} (annealing {rollout.annealing.mode}), "
         f"tau_train {tau_train}{entropy}, lr {config.train.lr:g}, {num_steps} steps"
     )
+    if algorithm.kl_coef > 0:
+        whose = algorithm.reference or "the starting model"
+        console.say(f"KL penalty: {algorithm.kl_coef:g} times {algorithm.kl_kind} to {whose}")
 
 
 def _recomputed(train: TrainConfig) -> str:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from osft_mcore.actor.actor import UpdateResult
+from osft_mcore.actor.result import UpdateResult
 from osft_mcore.records import Response
 from osft_mcore.weights.sync import PushReport
 
@@ -49,11 +49,21 @@ def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
         "optim/grad_norm": sum(u.grad_norm for u in taken) / len(taken),
         **counts,
     }
+    if (kl := _mean_kl(taken)) is not None:
+        record["loss/kl"] = kl
     agreement = taken[0].agreement
     if agreement is not None:
         record["sync/logprob_diff_mean"] = agreement.mean
         record["sync/logprob_diff_max"] = agreement.max
     return {name: value for name, value in record.items() if math.isfinite(value)}
+
+
+def _mean_kl(updates: Sequence[UpdateResult]) -> float | None:
+    """Over the tokens of all updates; None without a reference model."""
+    parts = [(u.kl, u.num_tokens) for u in updates if u.kl is not None]
+    if not parts:
+        return None
+    return sum(kl * num for kl, num in parts) / max(sum(num for _, num in parts), 1)
 
 
 def shown(record: Mapping[str, float], *names: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ from test_training_oracle import load_reference, random_examples, response_log_s
 from torch_engine import build_torch_engine
 from toy_run import Start, read_lines, toy_config, write_start
 
-from osft_mcore.actor.actor import UpdateResult
+from osft_mcore.actor.result import UpdateResult
 from osft_mcore.config.check import check
 from osft_mcore.config.schema import (
     AlgorithmConfig,

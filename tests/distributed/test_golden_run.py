@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch_engine import build_torch_engine
 from toy_run import MODEL, START, TASK, Start, read_lines, toy_config, write_start
 
-from osft_mcore.actor.actor import UpdateResult
+from osft_mcore.actor.result import UpdateResult
 from osft_mcore.config.check import check
 from osft_mcore.config.schema import (
     DataConfig,

@@ -15,7 +15,8 @@ from models import save_random_model
 from ranks import run_ranks
 from torch import Tensor
 
-from osft_mcore.actor.actor import Actor, UpdateResult
+from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.result import UpdateResult
 from osft_mcore.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology

@@ -13,8 +13,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from osft_mcore.actor.actor import Actor, UpdateResult
+from osft_mcore.actor.actor import Actor
 from osft_mcore.actor.export import export_hf
+from osft_mcore.actor.result import UpdateResult
 from osft_mcore.config.schema import (
     AlgorithmConfig,
     ModelConfig,

@@ -12,7 +12,7 @@ from engines_vllm import bare_loop, join, random_prompts, run_config, start_engi
 from models import save_random_model
 from ranks import run_ranks
 
-from osft_mcore.actor.actor import Agreement
+from osft_mcore.actor.result import Agreement
 from osft_mcore.config.check import check
 from osft_mcore.config.schema import AlgorithmConfig, SyncConfig, TrainConfig
 from osft_mcore.errors import AgreementError, DataError

@@ -10,7 +10,7 @@ from engines_vllm import examples_of, join, random_prompts, run_config, sampling
 from models import save_random_model
 from ranks import run_ranks
 
-from osft_mcore.actor.actor import UpdateResult
+from osft_mcore.actor.result import UpdateResult
 from osft_mcore.config.check import check
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import SyncConfig, TrainConfig

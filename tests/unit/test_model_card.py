@@ -238,3 +238,17 @@ def test_entropy_minimisation_is_named(run: Path) -> None:
     assert "low temperature" not in card
     rows = table(card, "Provenance")
     assert rows["training temperature"] == ["the sampling temperature of each step"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "named"),
+    [("", "the model that the run started from"), ("/models/base", "`/models/base`")],
+)
+def test_a_kl_penalty_is_told(run: Path, reference: str, named: str) -> None:
+    assert "KL penalty" not in table(
+        model_card(read_provenance(run, step=8), name="x"), "Provenance"
+    )
+    options = f"algorithm:\n  kl_coef: 0.01\n  kl_kind: k2\n  reference: '{reference}'"
+    (run / "config.yaml").write_text(CONFIG.replace("algorithm:", options))
+    rows = table(model_card(read_provenance(run, step=8), name="x"), "Provenance")
+    assert rows["KL penalty"] == [f"0.01 times k2, reference: {named}"]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from osft_mcore.actor.actor import Agreement, UpdateResult
+from osft_mcore.actor.result import Agreement, UpdateResult
 from osft_mcore.records import Prompt, Response
 from osft_mcore.train.step_metrics import (
     push_metrics,
@@ -34,7 +34,13 @@ def response(num_tokens: int, *, truncated: bool = False, sample: int = 0) -> Re
 
 
 def update(
-    *, num_tokens: int, nll: float, entropy: float, not_finite: str = "", **others: float
+    *,
+    num_tokens: int,
+    nll: float,
+    entropy: float,
+    kl: float | None = None,
+    not_finite: str = "",
+    **others: float,
 ) -> UpdateResult:
     diff = others.get("diff")
     agreement = None
@@ -48,6 +54,7 @@ def update(
         num_tokens=num_tokens,
         padding_share=others.get("padding", 0.0),
         agreement=agreement,
+        kl=kl,
         not_finite=not_finite,
     )
 
@@ -106,6 +113,17 @@ def test_skipped_updates_are_counted_and_nothing_else() -> None:
     }  # fmt: skip
     nothing = {"optim/num_updates": 0.0, "optim/num_skipped": 2.0}
     assert update_metrics([skipped, skipped]) == nothing
+
+
+def test_the_kl_is_told_where_there_is_a_reference() -> None:
+    """A mean over tokens; skipped updates have none."""
+    one = update(num_tokens=10, nll=1.0, entropy=0.5, kl=0.1)
+    other = update(num_tokens=30, nll=2.0, entropy=0.1, kl=0.5)
+    skipped = update(num_tokens=9, nll=1.0, entropy=1.0, kl=math.nan, not_finite="loss")
+    assert update_metrics([one, skipped, other])["loss/kl"] == pytest.approx(0.4)
+    nothing = [update(num_tokens=0, nll=0.0, entropy=0.0, kl=0.0)]
+    assert update_metrics(nothing)["loss/kl"] == 0.0
+    assert "loss/kl" not in update_metrics([update(num_tokens=10, nll=1.0, entropy=0.5)])
 
 
 def test_a_figure_that_is_not_finite_is_left_out() -> None:

@@ -12,7 +12,8 @@ from typing import Final, Literal
 
 import torch
 
-from osft_mcore.actor.actor import Actor, UpdateResult
+from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.result import UpdateResult
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from osft_mcore.parallel.groups import alone

@@ -1,0 +1,134 @@
+"""The frozen model that the KL penalty measures from, in the actor's layout."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from osft_mcore.actor.batching import MicroBatch
+from osft_mcore.actor.megatron_layout import actor_layouts, named_parameters
+from osft_mcore.actor.response_loss import response_loss
+from osft_mcore.actor.start_weights import load_start_weights
+from osft_mcore.config.model_shape import ModelShape
+from osft_mcore.config.schema import ModelConfig, ParallelConfig
+from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
+from osft_mcore.parallel.cpu import megatron_device
+from osft_mcore.parallel.groups import ParallelContext
+
+
+class Reference:
+    """One rank's share of the reference model: weights alone, in host memory between uses.
+
+    It never comes from a training checkpoint, so that it is the same when a run goes on.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        context: ParallelContext,
+        *,
+        source: ModelConfig,
+        parallel: ParallelConfig,
+        seed: int,
+    ) -> None:
+        """The weights that `source` and `seed` name. Every rank must call.
+
+        Raises WeightError if a folder's are not those of `shape`.
+        """
+        self._shape, self._context = shape, context
+        self._sequence_parallel = parallel.sequence_parallel
+        self._chunks = build_chunks(
+            shape,
+            context,
+            dtype=torch.bfloat16 if source.dtype == "bf16" else torch.float32,
+            sequence_parallel=parallel.sequence_parallel,
+            vocab_multiple=source.vocab_multiple,
+        )
+        layouts = actor_layouts(
+            shape,
+            context.topology,
+            vocab_multiple=source.vocab_multiple,
+            transformer_engine=uses_transformer_engine(),
+        )
+        self._params = named_parameters(self._chunks)
+        weights = {name: param.data for name, param in self._params.items()}
+        load_start_weights(weights, layouts[context.rank], shape, source, seed=seed)
+        self._host = {name: _in_host_memory(weight) for name, weight in weights.items()}
+        for name, param in self._params.items():
+            param.requires_grad_(False)
+            param.data = self._host[name]
+
+    def score(self, batches: Sequence[MicroBatch], *, tau: float) -> list[MicroBatch]:
+        """The same micro-batches, with the reference's log-probabilities at temperature `tau`.
+
+        Every rank must call, alike. Those of ranks outside of the last pipeline stage, which
+        compute no loss, stay as they are.
+        """
+        with self._on_device(), megatron_device(), torch.no_grad():
+            logprobs: list[Tensor] = get_forward_backward_func()(
+                forward_step_func=partial(self._forward, tau=tau),
+                data_iterator=[iter(batches) for _ in self._chunks],
+                model=self._chunks,
+                num_microbatches=len(batches),
+                # Nominal, as for the actor.
+                seq_length=batches[0].tokens_BS.shape[1],
+                micro_batch_size=batches[0].tokens_BS.shape[0],
+                forward_only=True,
+            )
+        if not logprobs:
+            return list(batches)
+        return [
+            replace(batch, reference_logprobs_T=found_T)
+            for batch, found_T in zip(batches, logprobs, strict=True)
+        ]
+
+    def _forward(
+        self, batches: Iterator[MicroBatch], model: Any, *, tau: float
+    ) -> tuple[Tensor, Any]:
+        batch = next(batches).to(self._context.device)
+        hidden = model(batch.tokens_BS, batch.positions_BS, None)
+        return hidden, partial(self._logprobs, batch, tau)
+
+    def _logprobs(
+        self, batch: MicroBatch, tau: float, hidden_BSH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = response_loss(
+            hidden_BSH,
+            output_weight(self._chunks[-1]),
+            batch,
+            # Nothing is minimised here.
+            lambda logprobs_C, _entropy_C, _rows: torch.zeros_like(logprobs_C),
+            tau_train=tau,
+            tau_sample=tau,
+            vocab=self._shape.vocab,
+            tp_group=self._context.tp_group,
+            sequence_parallel=self._sequence_parallel,
+        )
+        num_tokens = torch.tensor(
+            batch.targets_T.numel(), dtype=torch.int, device=hidden_BSH.device
+        )
+        return found.loss, num_tokens, found.logprobs_train_T
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The weights where the actor's are; on CPU they are there already.
+
+        They never change, so the way back is to let go of the copies.
+        """
+        for name, param in self._params.items():
+            param.data = self._host[name].to(self._context.device, non_blocking=True)
+        try:
+            yield
+        finally:
+            for name, param in self._params.items():
+                param.data = self._host[name]
+
+
+def _in_host_memory(weight: Tensor) -> Tensor:
+    """Pinned, where a device has to fetch it from there."""
+    return weight.cpu().pin_memory() if weight.is_cuda else weight
