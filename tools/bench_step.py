@@ -40,13 +40,13 @@ def main() -> int:
     print(
         f"{ours.num_sequences} sequences of up to {ours.longest} tokens, {ours.num_tokens} in all; "
         f"{args.rounds} rounds, medians\n"
-        f"{'micro-batches':38}  padding  seconds  speedup of the budget\n"
-        f"{f'at most {ours.max_tokens_per_micro_batch} tokens':38}  {ours.padding_share:7.1%}"
+        f"{'micro-batches':40}  padding  seconds  speedup of the budget\n"
+        f"{f'at most {ours.max_tokens_per_micro_batch} tokens':40}  {ours.padding_share:7.1%}"
         f"  {ours.seconds:7.2f}"
     )
     for row in rows:
         print(
-            f"{f'of 4, padded to the {row.baseline}':38}  {row.baseline_padding_share:7.1%}"
+            f"{f'of 4, padded to the {row.baseline}':40}  {row.baseline_padding_share:7.1%}"
             f"  {row.baseline_seconds:7.2f}  {row.speedup:.2f}"
         )
     print(f"largest difference of the losses: {max(row.loss_difference for row in rows):.1e}")
