@@ -21,6 +21,12 @@ def main() -> int:
     if args.budget < args.prompt + args.longest:
         print(f"--budget: found {args.budget}, a sequence has up to {args.prompt + args.longest}")
         return 2
+    if min(args.sequences, args.median, args.longest, args.prompt, args.rounds) < 1:
+        print("found a size below 1, expected at least 1 of each")
+        return 2
+    if args.sequences % 4:
+        print(f"--sequences: found {args.sequences}, expected a multiple of 4")
+        return 2
     silence_libraries()
     # Late, because importing Megatron-Core takes seconds that --help should not.
     from step_benchmark.measure import measure

@@ -129,7 +129,13 @@ def update_result(
         padding_share=padding,
         agreement=agreement,
         kl=kl / max(num_tokens, 1) if with_kl else None,
-        not_finite=_not_finite({"loss": loss, "gradient norm": grad_norm}),
+        not_finite=_not_finite(
+            {
+                **({"KL to the reference model": kl} if with_kl else {}),
+                "loss": loss,
+                "gradient norm": grad_norm,
+            }
+        ),
     )
 
 

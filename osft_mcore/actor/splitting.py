@@ -74,11 +74,13 @@ def _sizes(widths: Sequence[int], max_tokens: int) -> list[int]:
     """
     best, sizes = [0], [0]
     for stop in range(1, len(widths) + 1):
-        costs = {
-            stop - start: best[start] + widths[start] * (stop - start) + PASS_TOKENS
-            for start in range(stop - 1, -1, -1)
-            if stop - start == 1 or widths[start] * (stop - start) <= max_tokens
-        }
+        costs: dict[int, int] = {}
+        for start in range(stop - 1, -1, -1):
+            positions = widths[start] * (stop - start)
+            if costs and positions > max_tokens:
+                # Further back they are wider, and more.
+                break
+            costs[stop - start] = best[start] + positions + PASS_TOKENS
         size = min(costs, key=costs.__getitem__)
         best.append(costs[size])
         sizes.append(size)

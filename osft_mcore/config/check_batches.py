@@ -69,8 +69,10 @@ def _batch_advice(config: RunConfig, sequences: int, answers: int, unit: int) ->
         advice = f"nearest train.prompts_per_update that works: {near}"
     else:
         advice = f"make train.prompts_per_step and prompts_per_update multiples of {step}"
+    if train.max_tokens_per_micro_batch is not None:
+        return advice
     per_sequence = unit // train.micro_batch_size
-    if train.max_tokens_per_micro_batch is None and sequences % per_sequence == 0:
+    if sequences % per_sequence == 0:
         micro = listed(nearest(train.micro_batch_size, divisors(sequences // per_sequence)))
         advice += f"; nearest train.micro_batch_size that works: {micro}"
     return advice

@@ -19,11 +19,14 @@ PEAK_TFLOPS: Final = {
     "B200": 2250.0,
 }
 """Dense bf16 peaks of the vendors' data sheets (SXM), by a part of the device's name."""
+OTHER_PEAKS: Final = ("PCIe", "NVL", "GB200", "GH200")
+"""Names of devices that share a name with these, but not the peak."""
 
 
 def training_flops(shape: ModelShape, lengths: Sequence[int]) -> float:
     """Operations that forward and backward of these sequences need, recomputation not counted.
 
+    The usual convention: the output layer counts for every token, although answers alone need it.
     Of a sequence of n tokens: 6 n P + 6 L d n^2 with P the weights of all matrix products (the
     output layer among them, the embedding not), L layers and d = heads * head_dim; attention is
     causal, half of n^2 (Narayanan et al. 2021, arXiv:2104.04473, appendix, without recomputation).
@@ -77,6 +80,8 @@ def peak_tflops(model: ModelConfig, device: torch.device) -> float | None:
     if device.type != "cuda" or model.dtype != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
+    if any(part in name for part in OTHER_PEAKS):
+        return None
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 

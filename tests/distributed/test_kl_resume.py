@@ -31,9 +31,9 @@ def kl_config(start: Start, out: Path, topology: Topology, **algorithm: Any) -> 
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """Every logged figure but times."""
+    """Every logged figure but times and rates."""
     rows = read_lines(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,16 @@ def test_the_tool_times_the_same_update_each_way() -> None:
     assert rows[0]["baseline_padding_share"] == pytest.approx(1 - tokens / positions)
 
 
+def test_sizes_that_cannot_be_are_refused() -> None:
+    for options, problem in (
+        (("--sequences", "50"), "multiple of 4"),
+        (("--rounds", "0"), "below 1"),
+    ):
+        shown = run(*options)
+        assert shown.returncode == 2
+        assert problem in shown.stdout
+
+
 def test_a_budget_below_the_longest_sequence_is_refused() -> None:
     shown = run("--prompt", "10", "--longest", "100", "--budget", "109")
     assert shown.returncode == 2

@@ -194,8 +194,11 @@ def test_a_budget_of_tokens_needs_global_normalization_and_equal_ranks(options: 
         "train.max_tokens_per_micro_batch=4096",
         "algorithm.normalization=per_microbatch",
         "parallel.dp=3",
+        "train.micro_batch_size=0",
         world_size=3,
     )
+    assert "train.micro_batch_size: found 0, expected at least 1" in problems
+    problems.remove("train.micro_batch_size: found 0, expected at least 1")
     assert len(problems) == 2
     assert "64 * 1 = 64 sequences, not a multiple of parallel.dp = 3; " in problems[0]
     assert "train.micro_batch_size that works" not in problems[0]
