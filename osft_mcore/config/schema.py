@@ -214,8 +214,8 @@ class CheckpointConfig:
     """Save after every this many steps and after the last; 0: only when the run is told to stop. A
     run that is killed before its first checkpoint begins anew."""
     async_: Annotated[bool, Field(alias="async")] = True
-    """Written as `async`. Files are written by a thread, from a copy in host memory, while training
-    goes on."""
+    """Written as `async`. Files are written by a thread while training goes on; what it has not
+    read when the optimizer comes is copied to host memory first."""
     keep_last: int = 2
     """The newest checkpoints that stay; older ones are deleted, but see keep_every."""
     keep_every: int = 0
