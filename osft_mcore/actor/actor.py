@@ -29,7 +29,8 @@ from osft_mcore.actor.training_state import StateTensor, adam_step, set_adam_ste
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from osft_mcore.loss.objectives import token_objective
-from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
+from osft_mcore.model.build import build_chunks, output_weight
+from osft_mcore.model.kernels import uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.records import Example

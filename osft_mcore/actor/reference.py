@@ -16,7 +16,8 @@ from osft_mcore.actor.response_loss import response_loss
 from osft_mcore.actor.start_weights import load_start_weights
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import ModelConfig, ParallelConfig
-from osft_mcore.model.build import build_chunks, output_weight, uses_transformer_engine
+from osft_mcore.model.build import build_chunks, output_weight
+from osft_mcore.model.kernels import uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
 

@@ -1,6 +1,5 @@
 """Builds this rank's Megatron-Core GPTModel chunks; they return hidden states, not logits."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -20,31 +19,11 @@ from torch import Tensor, nn
 
 from osft_mcore.config.model_shape import ModelShape, padded_vocab
 from osft_mcore.config.schema import Recompute
+from osft_mcore.model.kernels import fuses_weight_gradient, uses_transformer_engine
 from osft_mcore.model.local_spec import RmsNorm, local_layer_spec
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.parallel.topology import Topology, chunk_layers, layer_parts
-
-
-def uses_transformer_engine() -> bool:
-    """True where layers are Transformer Engine's: installed, and a CUDA device to run it on."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def kernels_in_use() -> dict[str, str]:
-    """Which implementation serves each part of the actor, for the start-up report."""
-    engine = uses_transformer_engine()
-    apex = importlib.util.find_spec("amp_C") is not None
-    adam = "torch AdamW, fused"
-    if torch.cuda.is_available():
-        adam = "Transformer Engine FusedAdam" if engine else "apex FusedAdam" if apex else adam
-    return {
-        "layers": "Transformer Engine" if engine else "Megatron-Core local",
-        "attention": "Transformer Engine" if engine else "torch scaled_dot_product_attention",
-        "norm": "Transformer Engine" if engine else "torch rms_norm",
-        "adam": adam,
-        "loss": "torch, chunked over tokens, vocab-parallel",
-    }
 
 
 def build_chunks(
@@ -180,9 +159,7 @@ def _fusions() -> dict[str, bool]:
     engine = uses_transformer_engine()
     return {
         # The output layer is Megatron-Core's own, which takes this kernel from apex.
-        "gradient_accumulation_fusion": (
-            engine and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-        ),
+        "gradient_accumulation_fusion": fuses_weight_gradient(),
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,

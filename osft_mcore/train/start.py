@@ -21,7 +21,7 @@ from osft_mcore.log.lock import run_lock
 from osft_mcore.log.manifest import manifest
 from osft_mcore.log.metrics import Clock
 from osft_mcore.log.run_folder import RunFolder
-from osft_mcore.model.build import kernels_in_use
+from osft_mcore.model.kernels import installed, kernel_lines, kernels_in_use
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.parallel.rng import set_rng_state
 from osft_mcore.parallel.world import job_id
@@ -161,7 +161,8 @@ def open_folder(
                 if note := stack.enter_context(run_lock(folder.path, job_id=job_id())):
                     console.say(note)
                 details = _make_way(config, folder, console, point, num_steps)
-                details |= {"kernels": kernels_in_use(), **data_hashes(data_files)}
+                kernels = {kernel.part: kernel.choice for kernel in kernels_in_use(installed())}
+                details |= {"kernels": kernels, **data_hashes(data_files)}
                 folder.write_text("config.yaml", to_yaml(config))
                 size = context.topology.world_size
                 made = manifest(seed=config.seed, world_size=size, details=details)
@@ -277,8 +278,8 @@ def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_ste
         f"{' +sp' if parallel.sequence_parallel else ''}{_recomputed(config.train)};  "
         f"rollout: vLLM tp={rollout.tp}"
     )
-    kernels = ", ".join(f"{part}: {kernel}" for part, kernel in kernels_in_use().items())
-    console.say(f"kernels: {kernels}")
+    for line in kernel_lines(kernels_in_use(installed())):
+        console.say(line)
     algorithm = config.algorithm
     tau_train = "the same" if algorithm.follow_tau_sample else f"{algorithm.tau_train:g}"
     entropy = ", objective entropy" if algorithm.objective == "entropy" else ""

@@ -29,6 +29,7 @@ from osft_mcore.config.load import load_config
 from osft_mcore.config.schema import SyncConfig, TrainConfig
 from osft_mcore.data.arithmetic import PROBLEM_SCHEMA, ArithmeticTask, TinyModel, write_arithmetic
 from osft_mcore.errors import AgreementError
+from osft_mcore.model.kernels import installed, kernel_lines, kernels_in_use
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.rollout.vllm_engine import VllmEngine
 from osft_mcore.train.osft import build_sync
@@ -70,6 +71,8 @@ class Runs:
 
     root: Path
     """Where both were started; holds data/, sft/, osft/."""
+    said: str
+    """By `osft train`."""
 
     @property
     def osft(self) -> Path:
@@ -101,7 +104,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         with no_process_left():
             result = outcome(started(arguments, root), timeout_s=240.0)
         assert (result.code, result.err) == (0, ""), result
-    return Runs(root=root)
+    return Runs(root=root, said=result.out)
 
 
 def write_seen_problems(data: Path) -> None:
@@ -324,7 +327,9 @@ def test_config_and_manifest_tell_how_to_run_it_again(runs: Runs) -> None:
     assert manifest["packages"]["torch"] == torch.__version__
     assert manifest["packages"]["transformers"] == transformers.__version__
     assert {"osft-mcore", "megatron-core", "math-verify"} <= set(manifest["packages"])
-    assert set(manifest["kernels"]) == {"layers", "attention", "norm", "adam", "loss"}
+    kernels = kernels_in_use(installed())
+    assert manifest["kernels"] == {kernel.part: kernel.choice for kernel in kernels}
+    assert "\n".join(kernel_lines(kernels)) in runs.said
     assert manifest["data_sha256"] == {
         name: hashlib.sha256((runs.root / name).read_bytes()).hexdigest()
         for name in ("data/train.parquet", "data/eval.parquet", "data/seen.parquet")
