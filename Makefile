@@ -1,4 +1,5 @@
 # make demo: a model improves itself on this machine, start to finish.
+# make ablation: every method, three seeds each, and a table; more than an hour.
 # make test: the whole test suite.
 # make check: lint, types, layers.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -6,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo demo-coupled test check format
+.PHONY: setup demo demo-coupled ablation test check format
 setup: .venv/ready
 
 # CPU: a complete lock, installed as it stands (requirements-cpu.txt says why). GPU: the tested pins.
@@ -30,6 +31,9 @@ demo: setup
 
 demo-coupled: setup
 	@bash examples/arithmetic_coupled_cpu.sh
+
+ablation: setup
+	@$(BIN)/python tools/ablate.py
 
 test: setup
 	$(BIN)/python -m pytest
