@@ -1,6 +1,7 @@
 """A step's metrics, from the plain records of its phases."""
 
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -17,6 +18,7 @@ def response_metrics(responses: Sequence[Response]) -> dict[str, float]:
     lengths = [len(response.token_ids) for response in responses]
     return {
         "rollout/response_length_mean": sum(lengths) / len(lengths),
+        "rollout/response_length_median": float(statistics.median(lengths)),
         "rollout/response_length_min": float(min(lengths)),
         "rollout/response_length_max": float(max(lengths)),
         "rollout/cut_off_ratio": sum(r.truncated for r in responses) / len(responses),

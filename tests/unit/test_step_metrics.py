@@ -63,6 +63,7 @@ def test_lengths_and_cut_offs() -> None:
     found = response_metrics([response(2), response(3), response(3), response(8, truncated=True)])
     assert found == {
         "rollout/response_length_mean": 4.0,
+        "rollout/response_length_median": 3.0,
         "rollout/response_length_min": 2.0,
         "rollout/response_length_max": 8.0,
         "rollout/cut_off_ratio": 0.25,
