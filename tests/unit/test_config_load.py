@@ -114,6 +114,10 @@ def test_all_problems_come_back_in_one_error() -> None:
             "train.recompute=some",
             "train.recompute: found 'some', expected 'none', 'selective' or 'full'",
         ),
+        (
+            "train.offload=gpu",
+            "train.offload: found 'gpu', expected 'none', 'optimizer' or 'all'",
+        ),
         ("train.lr=null", "train.lr: found null, expected a number"),
         ("train.lr='1e-7'", "train.lr: found '1e-7', expected a number"),
         ("train.lr=nan", "train.lr: found nan, expected a finite number"),
