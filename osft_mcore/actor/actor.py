@@ -97,8 +97,12 @@ class Actor:
         # Alone it would share with nobody, and copy all gradients and weights each update.
         distributed = parallel.distributed_optimizer and many
         with megatron_device():
-            wrap = partial(wrap_data_parallel, distributed_optimizer=distributed)
-            wrapped = [wrap(chunk) for chunk in self.chunks]
+            wrapped = wrap_data_parallel(
+                self.chunks,
+                distributed_optimizer=distributed,
+                # Where a GPU can reduce and compute at once.
+                overlap_grad_reduce=many and self.context.device.type == "cuda",
+            )
             optimizer = build_optimizer(
                 wrapped, self.train, dtype=self.dtype, distributed_optimizer=distributed
             )
