@@ -8,7 +8,7 @@ import torch.distributed as dist
 from layouts import materialise, model, random_checkpoint, vllm_reference
 
 from osft_mcore.config.model_shape import ModelShape
-from osft_mcore.config.schema import RolloutConfig, SyncConfig
+from osft_mcore.config.schema import RolloutConfig, SyncConfig, TrainConfig
 from osft_mcore.errors import WeightError
 from osft_mcore.train.weight_plan import alias_forbidden
 from osft_mcore.weights.layout import Layout, Layouts
@@ -110,7 +110,7 @@ class Bridge:
             hf_layouts(shape),
             ends,
             config,
-            alias_forbidden=alias_forbidden(config, RolloutConfig()),
+            alias_forbidden=alias_forbidden(config, RolloutConfig(), TrainConfig()),
         )
 
     def shard(self, layouts: Layouts) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from osft_mcore.actor.batching import MicroBatch, micro_batches
 from osft_mcore.actor.megatron_layout import actor_layouts, named_parameters
+from osft_mcore.actor.offload import ActorMemory
 from osft_mcore.actor.optimizer import (
     build_optimizer,
     gradient_norm,
@@ -65,8 +66,6 @@ class Actor:
         self.pad_to_multiple = parallel.tp if parallel.sequence_parallel else 1
         self._before_step: Callable[[], None] | None = None
         self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
-        # Alone it would share with nobody, and copy all gradients and weights each update.
-        distributed = parallel.distributed_optimizer and context.topology.dp > 1
         self.chunks = build_chunks(
             shape,
             context,
@@ -83,15 +82,32 @@ class Actor:
         )
         if checkpoint is None:
             layout = self.layouts[context.rank]
-            load_start_weights(self.parameters(), layout, shape, model, seed=seed)
-        with megatron_device():
-            wrap = partial(wrap_data_parallel, distributed_optimizer=distributed)
-            self.wrapped = [wrap(chunk) for chunk in self.chunks]
-            self.optimizer = build_optimizer(
-                self.wrapped, train, dtype=self.dtype, distributed_optimizer=distributed
-            )
+            load_start_weights(self._live_parameters(), layout, shape, model, seed=seed)
+        self.wrapped, self.optimizer = self._optimized(parallel)
         if checkpoint is not None:
-            restore(self.training_state(), self.layouts[context.rank], self.shard, checkpoint)
+            restore(self._live_state(), self.layouts[context.rank], self.shard, checkpoint)
+        self._memory = ActorMemory(
+            train.offload,
+            [] if train.offload == "none" else self._live_state(),
+            [buffer.grad_data for chunk in self.wrapped for buffer in chunk.buffers],
+        )
+
+    def _optimized(self, parallel: ParallelConfig) -> tuple[list[Any], Any]:
+        """The chunks with their gradient buffers, and the optimizer of both."""
+        many = self.context.topology.dp > 1
+        # Alone it would share with nobody, and copy all gradients and weights each update.
+        distributed = parallel.distributed_optimizer and many
+        with megatron_device():
+            wrapped = wrap_data_parallel(
+                self.chunks,
+                distributed_optimizer=distributed,
+                # Where a GPU can reduce and compute at once.
+                overlap_grad_reduce=many and self.context.device.type == "cuda",
+            )
+            optimizer = build_optimizer(
+                wrapped, self.train, dtype=self.dtype, distributed_optimizer=distributed
+            )
+        return wrapped, optimizer
 
     @property
     def shard(self) -> int:
@@ -100,7 +116,11 @@ class Actor:
         return place.pp_rank * self.context.topology.tp + place.tp_rank
 
     def parameters(self) -> dict[str, Tensor]:
-        """This rank's live parameters, by the names of its layouts."""
+        """This rank's live parameters, by the names of its layouts, on its device until `rest`."""
+        self._memory.fetch_weights()
+        return self._live_parameters()
+
+    def _live_parameters(self) -> dict[str, Tensor]:
         return {name: parameter.data for name, parameter in named_parameters(self.chunks).items()}
 
     def update(
@@ -118,7 +138,7 @@ class Actor:
         """
         set_learning_rate(self.optimizer, lr)
         split = self._split(examples)
-        with megatron_device():
+        with megatron_device(), self._memory.update():
             for chunk in self.wrapped:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -128,11 +148,19 @@ class Actor:
             result = self._result(parts, examples, split, grad_norm=grad_norm)
             if not result.skipped:
                 self._let_readers_finish()
-                take_step(self.optimizer, grad_norm=grad_norm)
+                with self._memory.step():
+                    take_step(self.optimizer, grad_norm=grad_norm)
         return result
 
+    def rest(self) -> None:
+        """Nobody needs the weights until they are asked for: with train.offload=all they leave."""
+        if self._memory.holds_weights:
+            # Who still reads an earlier copy has it overwritten.
+            self._let_readers_finish()
+            self._memory.put_weights_away()
+
     def call_before_step(self, call: Callable[[], None]) -> None:
-        """Somebody reads the training state: call this once, before the next optimizer step."""
+        """Somebody reads the training state: call this once, before it changes."""
         self._before_step = call
 
     def _let_readers_finish(self) -> None:
@@ -144,6 +172,7 @@ class Actor:
         self, examples: Sequence[Example], *, tau_sample: float, tau_train: float | None = None
     ) -> UpdateResult:
         """The same statistics without training."""
+        self._memory.fetch_weights()
         split = self._split(examples)
         with megatron_device(), torch.no_grad():
             taus = self._taus(tau_train, tau_sample)
@@ -157,7 +186,14 @@ class Actor:
         return _Temperatures(train=tau_train, sample=tau_sample)
 
     def training_state(self) -> list[StateTensor]:
-        """The live tensors of weights and optimizer that this rank holds."""
+        """Weights and optimizer state that this rank holds, to be read where they are then.
+
+        Good until they change; `call_before_step` tells. What may leave the device leaves before.
+        """
+        self.rest()
+        return self._memory.readable(self._live_state())
+
+    def _live_state(self) -> list[StateTensor]:
         named, dp = named_parameters(self.chunks), self.context.topology.dp
         dp_rank = self.context.coordinates.dp_rank
         return training_state(self.optimizer, named, dp=dp, dp_rank=dp_rank)

@@ -1,7 +1,7 @@
 """Megatron-Core's distributed data parallel wrapper and optimizer, set up for this project."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,25 +15,59 @@ from osft_mcore.config.schema import TrainConfig
 from osft_mcore.weights.finite import all_finite
 
 
-def wrap_data_parallel(chunk: nn.Module, *, distributed_optimizer: bool) -> Any:
+def wrap_data_parallel(
+    chunks: Sequence[nn.Module],
+    *,
+    distributed_optimizer: bool,
+    overlap_grad_reduce: bool,
+    bucket_size: int | None = None,
+) -> list[Any]:
     """Gradient buckets in fp32, summed (never averaged) over data-parallel ranks.
 
     Token weights are global, so the sum over ranks is already the gradient of the batch loss.
+    `overlap_grad_reduce`: a bucket (of at least `bucket_size` elements, None: Megatron-Core's
+    choice) is reduced while the last micro-batch's backward pass goes on.
     """
-    config: Any = chunk.config
-    wrapped = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=distributed_optimizer,
-            overlap_grad_reduce=False,
-            # That check raises on one rank alone. `gradient_norm` sees the same, and all agree.
-            check_for_nan_in_grad=False,
-        ),
-        chunk,
+    config: Any = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
+        bucket_size=bucket_size,
+        # That check raises on one rank alone. `gradient_norm` sees the same, and all agree.
+        check_for_nan_in_grad=False,
     )
+    wrapped = [_DataParallel(config, ddp_config, chunk) for chunk in chunks]
     config.finalize_model_grads_func = _finalize_without_rescaling
+    if overlap_grad_reduce:
+        # Entered by the schedule for all micro-batches but the last.
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
+
+
+class _DataParallel(DistributedDataParallel):  # type: ignore[misc]
+    """Knows of weights whose gradient is in the buffer already."""
+
+    def _make_backward_post_hook(self, param: nn.Parameter) -> Callable[..., None]:
+        """What runs once all that a backward pass has for `param` has come.
+
+        The loss adds to the output weight's main_grad by itself and hands autograd nothing (a tied
+        embedding adds its part here, as usual). Megatron-Core's hook takes that for a mistake when
+        it overlaps; a dummy gradient, which is its own way out, would take as much memory.
+        """
+        hook: Callable[..., None] = super()._make_backward_post_hook(param)
+        if not self.ddp_config.overlap_grad_reduce:
+            return hook
+
+        def ready(*unused: Any) -> None:
+            if param.grad is not None:
+                hook(*unused)
+            else:
+                group = self.param_to_bucket_group[param]
+                group.register_grad_ready(param, self.force_all_reduce)
+
+        return ready
 
 
 def build_optimizer(

@@ -26,7 +26,7 @@ class Snapshot:
     """
 
     def __init__(self, live: Sequence[Tensor], buffers: dict[int, Tensor]) -> None:
-        """`live` tensors are contiguous, and on one device."""
+        """`live` tensors are contiguous, in host memory or on one device."""
         assert all(tensor.is_contiguous() for tensor in live), "the state has gaps"
         self._live, self._buffers = live, buffers
         self._lock = threading.Lock()
@@ -98,5 +98,6 @@ class Snapshot:
                     tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
                 )
             self._buffers[number].copy_(tensor, non_blocking=True)
-        if self._live and self._live[0].is_cuda:
-            torch.cuda.current_stream(self._live[0].device).synchronize()
+        devices = {tensor.device for tensor in self._live if tensor.is_cuda}
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()

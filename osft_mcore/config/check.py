@@ -316,5 +316,22 @@ def _optional_parts(config: RunConfig, phase: Phase) -> Iterator[str]:
             "sync.mode: alias needs rollout.enforce_eager=true, because compiled graphs fix where "
             "weights lie; change one of the two, or take auto"
         )
+    yield from _offload(config, phase)
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         yield "logging.wandb: the package wandb is not installed; install it or set it to false"
+
+
+def _offload(config: RunConfig, phase: Phase) -> Iterator[str]:
+    if config.train.offload != "all":
+        return
+    if phase == "sft":
+        yield (
+            "train.offload: all puts the weights away while answers are sampled, and osft sft "
+            "samples none; choose optimizer"
+        )
+    elif config.sync.mode == "alias":
+        yield (
+            "train.offload: all puts the actor's weights away while the engine samples, but with "
+            "sync.mode=alias the engine reads them where they are; choose optimizer, or "
+            "sync.mode=auto, which copies then"
+        )

@@ -36,6 +36,13 @@ _EXPECTED: Final = {
 }
 
 
+_NOT_HERE: Final = {
+    "parallel.cp": "there is no context parallelism; parallel.tp > 1 with "
+    "parallel.sequence_parallel=true cuts long sequences over ranks",
+}
+"""Options that users of other programs look for, and what to take instead."""
+
+
 def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> RunConfig:
     """Compose `config_dir` (default: `default_config_dir()`) with command-line overrides.
 
@@ -264,12 +271,18 @@ def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _schema_problems(path: str, detail: dict[str, Any]) -> list[str]:
     kind, found = str(detail["type"]), detail["input"]
     if kind == "unexpected_keyword_argument":
-        return [f"{leaf}: unknown option{_suggest(leaf)}" for leaf, _ in _scalars(found, path)]
+        return [_unknown(leaf, value) for leaf, value in _scalars(found, path)]
     if kind == "literal_error":
         expected = str(detail["ctx"]["expected"])
     else:
         expected = _EXPECTED.get(kind, str(detail["msg"]))
     return [f"{path}: found {_show(found)}, expected {expected}"]
+
+
+def _unknown(path: str, value: Any) -> str:
+    if path in _NOT_HERE:
+        return f"{path}: found {_show(value)}, but {_NOT_HERE[path]}"
+    return f"{path}: unknown option{_suggest(path)}"
 
 
 def _show(value: Any) -> str:

@@ -11,6 +11,9 @@ Phase = Literal["train", "sft"]
 Recompute = Literal["none", "selective", "full"]
 """See `TrainConfig.recompute`."""
 
+Offload = Literal["none", "optimizer", "all"]
+"""See `TrainConfig.offload`."""
+
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +151,10 @@ class TrainConfig:
     """The backward pass computes the logits again. Otherwise gradients of hidden states and output
     weight are kept from the loss on, in fp32; this helps where a second such gradient of the output
     weight (vocabulary / tp * hidden) is too much. Changes memory and speed, not results."""
+    offload: Offload = "none"
+    """What is in host memory while nobody needs it. `optimizer`: fp32 master weights and Adam's
+    moments, but for the optimizer's step; gradient buffers exist during updates alone. `all`: also
+    the weights, while answers are sampled. Changes memory and speed, not results."""
     lr: float = 1e-7
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_warmup_steps: int = 10

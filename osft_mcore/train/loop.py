@@ -65,13 +65,19 @@ class OsftLoop:
                 self.sync.close()
                 with self.clock("train"):
                     updates = self.train_on(responses, step, tau)
-                with self.clock("sync"):
-                    push = self.sync.push()
+                push = self.push()
                 if due(cfg.evaluation.every, step) and step < self.num_steps:
                     self.evaluate(step, cfg.evaluation.temperature)
                 progress.finished(step, self.log_step(step, tau, responses, updates, push))
                 self.edge.passed(step, sound=not self.skipped.any, weight_version=self.sync.version)
             self.edge.finish()
+
+    def push(self) -> PushReport:
+        """Hand the actor's weights to the engine, which samples while the actor rests."""
+        with self.clock("sync"):
+            report = self.sync.push()
+            self.actor.rest()
+        return report
 
     def tau_sample(self, step: int) -> float:
         """Sampling temperature of step `step` (from 1)."""
@@ -158,6 +164,8 @@ class OsftLoop:
         """Score the held-out problems; the result is on the grading rank only."""
         if self.evaluator is None:
             return None
+        # Whoever asked for its weights since the push, as an export does, has them.
+        self.actor.rest()
         with self.clock("evaluate"):
             evaluation = self.evaluator.run(step, temperature)
             # One rank grades; the others wait here, under parallel.timeout_minutes.

@@ -46,8 +46,7 @@ def run_osft(
     """
     with open_loop(config, context, console, build_engine) as loop:
         with loop.edge.listening():
-            with loop.clock("sync"):
-                _say_push(console, loop.sync.push())
+            _say_push(console, loop.push())
             start = loop.scores_of_start() if loop.num_done else loop.score_start()
             loop.clock.flush()
             loop.fit()
@@ -161,7 +160,7 @@ def build_sync(
         hf_layouts(actor.shape),
         ends,
         config.sync,
-        alias_forbidden=alias_forbidden(config.sync, config.rollout),
+        alias_forbidden=alias_forbidden(config.sync, config.rollout, config.train),
         version=version,
     )
 

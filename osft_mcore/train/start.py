@@ -275,7 +275,7 @@ def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_ste
     console.say(
         f"actor: Megatron-Core tp={parallel.tp} pp={parallel.pp} dp={parallel.dp}"
         f"{f' vpp={parallel.vpp}' if parallel.vpp > 1 else ''}"
-        f"{' +sp' if parallel.sequence_parallel else ''}{_recomputed(config.train)};  "
+        f"{' +sp' if parallel.sequence_parallel else ''}{_saving(config.train)};  "
         f"rollout: vLLM tp={rollout.tp}"
     )
     for line in kernel_lines(kernels_in_use(installed())):
@@ -292,6 +292,8 @@ def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_ste
         console.say(f"KL penalty: {algorithm.kl_coef:g} times {algorithm.kl_kind} to {whose}")
 
 
-def _recomputed(train: TrainConfig) -> str:
+def _saving(train: TrainConfig) -> str:
+    """What is done to need less memory."""
     activations = "" if train.recompute == "none" else f" recompute={train.recompute}"
-    return activations + (" +recompute_loss" if train.recompute_loss else "")
+    offload = "" if train.offload == "none" else f" offload={train.offload}"
+    return activations + (" +recompute_loss" if train.recompute_loss else "") + offload

@@ -9,7 +9,7 @@ from typing import Final
 from osft_mcore.actor.megatron_layout import actor_layouts
 from osft_mcore.config.divide import tensor_parallel_problems
 from osft_mcore.config.model_shape import ModelShape
-from osft_mcore.config.schema import RolloutConfig, RunConfig, SyncConfig
+from osft_mcore.config.schema import RolloutConfig, RunConfig, SyncConfig, TrainConfig
 from osft_mcore.errors import ConfigError, WeightError
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.rollout.vllm_layout import engine_layouts
@@ -26,10 +26,12 @@ ACTOR_VPP: Final = (1, 2)
 ROLLOUT_TP: Final = (1, 2, 4, 8)
 
 
-def alias_forbidden(sync: SyncConfig, rollout: RolloutConfig) -> str:
+def alias_forbidden(sync: SyncConfig, rollout: RolloutConfig, train: TrainConfig) -> str:
     """Why the engine may read no memory of the actor's; empty if it may."""
     if sync.mode in ("copy", "reload"):
         return f"sync.mode={sync.mode}"
+    if train.offload == "all":
+        return "train.offload=all puts the actor's weights away while the engine samples"
     return "" if rollout.enforce_eager else "rollout.enforce_eager=false fixes where weights lie"
 
 
@@ -42,7 +44,7 @@ def weight_lines(config: RunConfig, shape: ModelShape, topology: Topology) -> li
         shape, topology, vocab_multiple=config.model.vocab_multiple, transformer_engine=False
     )
     targets = engine_layouts(shape, topology)
-    forbidden = alias_forbidden(config.sync, config.rollout)
+    forbidden = alias_forbidden(config.sync, config.rollout, config.train)
     try:
         aliases = choose_aliases(config.sync.mode, sources, targets, forbidden=forbidden)
     except WeightError as error:

@@ -45,6 +45,9 @@ class Case:
     dp: int = 1
     distributed_optimizer: bool = True
     dtype: str = "fp32"
+    offload: str = "none"
+    fetched: bool = False
+    """The weights are there when a save begins, and are put away again while it reads."""
 
     @property
     def world(self) -> int:
@@ -58,7 +61,7 @@ def config_of(model: Path, case: Case) -> RunConfig:
             tp=case.tp, pp=case.pp, vpp=case.vpp, dp=case.dp,
             distributed_optimizer=case.distributed_optimizer,
         ),
-        train=TrainConfig(micro_batch_size=2, eps=1e-3),
+        train=TrainConfig(micro_batch_size=2, eps=1e-3, offload=case.offload),
     )  # fmt: skip
 
 
@@ -71,10 +74,10 @@ def batch(turn: int) -> list[Example]:
 
 def train(actor: Actor, first: int, last: int) -> list[float]:
     """Losses and gradient norms of updates first..last."""
-    results = [
-        actor.update(batch(turn), tau_sample=1.0, lr=1e-2 / (turn + 1))
-        for turn in range(first, last + 1)
-    ]
+    results = []
+    for turn in range(first, last + 1):
+        results.append(actor.update(batch(turn), tau_sample=1.0, lr=1e-2 / (turn + 1)))
+        actor.rest()
     return [figure for result in results for figure in (result.loss, result.grad_norm)]
 
 
@@ -119,8 +122,19 @@ def save_and_go_on(rank: int, model: Path, root: Path, case: Case, background: b
     train(actor, 0, 1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         left = read_slowly(monkeypatch) if background else []
+        if case.fetched:
+            actor.parameters()
         checkpoints.save(2, {"num_updates": actor.num_updates})
         guess = checkpoints.longest_s
+        if case.fetched:
+            # As they were when it began, also if somebody changes them before the next update.
+            weights = actor.parameters()
+            kept = {name: weight.clone() for name, weight in weights.items()}
+            for weight in weights.values():
+                weight.zero_()
+            actor.rest()
+            for name, weight in actor.parameters().items():
+                weight.copy_(kept[name])
         figures = train(actor, 2, 3)
         checkpoints.settle()
     if background:
@@ -153,6 +167,8 @@ CASES = {
     "dp2, whole optimizer": Case(dp=2, distributed_optimizer=False),
     "tp2 bf16": Case(tp=2, dtype="bf16"),
     "dp2 bf16": Case(dp=2, dtype="bf16"),
+    "dp2 bf16, offload": Case(dp=2, dtype="bf16", offload="all"),
+    "pp2 offload, fetched": Case(pp=2, offload="all", fetched=True),
     "dp2 bf16, whole optimizer": Case(dp=2, dtype="bf16", distributed_optimizer=False),
 }
 

@@ -62,7 +62,7 @@ def train(
     out: Path,
     layout: Layout,
     algorithm: AlgorithmConfig,
-    max_tokens: int | None,
+    options: dict[str, Any],
     **parallel: Any,
 ) -> list[tuple[float, float, float, float]]:
     tp, pp, vpp, dp, micro_batch_size = layout
@@ -73,14 +73,17 @@ def train(
         train=TrainConfig(
             lr=LR,
             micro_batch_size=micro_batch_size,
-            max_tokens_per_micro_batch=max_tokens,
             clip_grad=0.5,
+            **options,
         ),
         algorithm=algorithm,
     )
     actor = build_actor(config, context)
     batch = examples(16, actor.shape.vocab)
-    results = [actor.update(batch, tau_sample=0.6, lr=LR) for _ in range(NUM_STEPS)]
+    results = []
+    for _ in range(NUM_STEPS):
+        results.append(actor.update(batch, tau_sample=0.6, lr=LR))
+        actor.rest()
     export_hf(actor, out, max_shard_bytes=2**30, bucket_bytes=2**12)
     return [(r.loss, r.grad_norm, r.nll, r.entropy) for r in results]
 
@@ -90,7 +93,7 @@ def run(
     out: Path,
     layout: Layout,
     algorithm: AlgorithmConfig | None = None,
-    max_tokens: int | None = None,
+    options: dict[str, Any] | None = None,
     **parallel: Any,
 ) -> tuple[list[tuple[float, ...]], dict[str, torch.Tensor]]:
     tp, pp, _, dp, _ = layout
@@ -101,7 +104,7 @@ def run(
         out=out,
         layout=layout,
         algorithm=algorithm or AlgorithmConfig(),
-        max_tokens=max_tokens,
+        options=options or {},
         **parallel,
     )
     assert all(part == by_rank[0] for part in by_rank), "every rank reports the same figures"
@@ -166,18 +169,31 @@ def test_switches_change_nothing(
 
 
 @pytest.mark.parametrize(
-    ("layout", "options"),
-    [((1, 1, 1, 1, 4), {}),
-     ((2, 1, 1, 2, 4), {"sequence_parallel": True}),
-     ((1, 2, 1, 2, 4), {}),
-     ((1, 2, 2, 2, 4), {})],
-    ids=["one", "tp2_sp_dp2", "pp2_dp2", "pp2_vpp2_dp2"],
+    ("layout", "sequence_parallel", "options"),
+    [((1, 1, 1, 1, 4), False, {}),
+     ((1, 1, 1, 1, 4), False, {"recompute": "selective", "offload": "optimizer"}),
+     ((2, 1, 1, 2, 4), True, {}),
+     ((1, 2, 1, 2, 4), False, {"recompute": "full", "recompute_loss": True, "offload": "all"}),
+     ((1, 2, 2, 2, 4), False, {}),
+     # Everything that saves memory, over stages and chunks that are uneven where layers are.
+     ((2, 2, 2, 1, 4), True, {"recompute": "full", "offload": "all"})],
+    ids=["one", "one_selective", "tp2_sp_dp2", "pp2_dp2_full", "pp2_vpp2_dp2",
+         "tp2_sp_pp2_vpp2_full"],
 )  # fmt: skip
 def test_micro_batches_by_tokens_change_nothing(
-    model: Path, reference: Any, tmp_path: Path, layout: Layout, options: dict[str, bool]
+    model: Path,
+    reference: Any,
+    tmp_path: Path,
+    layout: Layout,
+    sequence_parallel: bool,
+    options: dict[str, Any],
 ) -> None:
     # Little more than the longest has: several micro-batches, of different sizes, on each rank.
-    assert_same(run(model, tmp_path / "hf", layout, max_tokens=24, **options), reference)
+    options = {"max_tokens_per_micro_batch": 24, **options}
+    found = run(
+        model, tmp_path / "hf", layout, options=options, sequence_parallel=sequence_parallel
+    )
+    assert_same(found, reference)
 
 
 @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum-norm"])

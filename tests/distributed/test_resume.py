@@ -109,8 +109,8 @@ def tokens(run: Path) -> dict[str, list[list[int]]]:
     }
 
 
-def assert_same_run(run: Path, other: Path) -> None:
-    assert figures(run) == figures(other)
+def assert_same_run(run: Path, other: Path, *left_out: str) -> None:
+    assert figures(run, *left_out) == figures(other, *left_out)
     assert answers(run) == answers(other)
     files = [Path("hf/model.safetensors")]
     newest = checkpoints_in(other / "checkpoints")[0]
@@ -172,6 +172,20 @@ def test_the_layout_may_change_on_the_way(
     assert manifest["resumed_at_step"] == 8
     assert "parallel.pp: 2 -> 1" in manifest["changed_options"]
     assert [at.get("resumed_at_step") for at in manifest["earlier"]] == [None, 4]
+
+
+def test_what_leaves_the_device_between_uses_comes_back(
+    start: Start, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    """Saved in the background and killed; what a push copies is the choice's own."""
+    config = resume_config(start, tmp_path / "run", TP2, async_=True)
+    chosen = {
+        choice: replace(config, train=replace(config.train, offload=choice))
+        for choice in ("all", "optimizer")
+    }
+    dies(chosen["optimizer"], TP2, 7)
+    finish(chosen["all"], TP2)
+    assert_same_run(tmp_path / "run", undisturbed["tp2"], *OF_THE_LAYOUT)
 
 
 def test_a_damaged_checkpoint_is_passed_over(

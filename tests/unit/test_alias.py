@@ -7,10 +7,11 @@ from bridge import actor_side, engine_side
 from layouts import model
 
 from osft_mcore.actor.megatron_layout import actor_layouts
-from osft_mcore.config.schema import ModelConfig
+from osft_mcore.config.schema import ModelConfig, RolloutConfig, SyncConfig, TrainConfig
 from osft_mcore.errors import WeightError
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.rollout.vllm_layout import engine_layouts
+from osft_mcore.train.weight_plan import alias_forbidden
 from osft_mcore.weights.alias import Alias, choose_aliases, deliveries, delivery_lines, find_aliases
 from osft_mcore.weights.params import vllm_layouts
 from osft_mcore.weights.plan import make_plan
@@ -123,3 +124,11 @@ def test_with_default_options_real_vocabularies_coincide_at_equal_sizes() -> Non
         aliases = choose_aliases("alias", actor, engine)
         kinds = {d.kind for d in deliveries(actor, engine, aliases, forbidden="") if d.aliased}
         assert {"model.embed_tokens.weight", "lm_head.weight"} <= kinds
+
+
+def test_weights_that_leave_the_device_are_copied() -> None:
+    def reason(train: TrainConfig) -> str:
+        return alias_forbidden(SyncConfig(), RolloutConfig(), train)
+
+    assert reason(TrainConfig(offload="optimizer")) == ""
+    assert reason(TrainConfig(offload="all")).startswith("train.offload=all puts the actor's wei")

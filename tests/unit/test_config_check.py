@@ -537,6 +537,18 @@ def test_nearest_gives_the_neighbours() -> None:
     assert nearest(3, ()) == ()
 
 
+def test_weights_that_leave_are_not_read_where_they_are(options: list[str]) -> None:
+    for passes in (("train.offload=all",), ("train.offload=optimizer", "sync.mode=alias")):
+        assert problems_of(options, *passes) == []
+    (problem,) = problems_of(options, "train.offload=all", "sync.mode=alias")
+    assert problem.startswith("train.offload: all puts the actor's weights away while the engine")
+    assert "choose optimizer, or sync.mode=auto" in problem
+    sft = (*options, "evaluation.files=[]")
+    assert problems_of(list(sft), "train.offload=optimizer", phase="sft") == []
+    (problem,) = problems_of(list(sft), "train.offload=all", "sync.mode=alias", phase="sft")
+    assert problem.startswith("train.offload: all puts the weights away while answers are sampled")
+
+
 def test_wandb_must_be_installed(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # Installed or not is a fact of the machine; the test must not depend on it.
     real = importlib.util.find_spec
