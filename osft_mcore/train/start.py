@@ -1,8 +1,9 @@
 """The beginning of a run and its end: actor, folder, what the console says, the final model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from osft_mcore.actor.actor import Actor
@@ -143,10 +144,14 @@ def open_folder(
     data_files: Sequence[str],
     point: ResumePoint | None,
     num_steps: int,
+    *,
+    keep: bool = False,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[RunFolder]:
     """The run folder, locked, with config.yaml and manifest.json. Collective over the world.
 
-    What it holds about steps after `point` is forgotten. Raises ConfigError on every rank if
+    What it holds about steps after `point` is forgotten; `keep`: without a point nothing is.
+    `extra` goes into the manifest. Raises ConfigError on every rank if
     another run uses the folder.
     """
     folder = RunFolder(config.output_dir, writer=context.rank == 0)
@@ -160,8 +165,8 @@ def open_folder(
                 folder.create()
                 if note := stack.enter_context(run_lock(folder.path, job_id=job_id())):
                     console.say(note)
-                details = _make_way(config, folder, console, point, num_steps)
-                details |= {"kernels": kernels_in_use(), **data_hashes(data_files)}
+                details = {} if keep else _make_way(config, folder, console, point, num_steps)
+                details |= {**extra, "kernels": kernels_in_use(), **data_hashes(data_files)}
                 folder.write_text("config.yaml", to_yaml(config))
                 size = context.topology.world_size
                 made = manifest(seed=config.seed, world_size=size, details=details)

@@ -207,7 +207,9 @@ def test_a_budget_of_tokens_needs_global_normalization_and_equal_ranks(options: 
 
 def test_a_dry_run_reports_a_checkpoint_that_is_not_here(options: list[str]) -> None:
     config = load_config([*options, "checkpoint.resume=gone"])
-    assert [line.split(" is ")[0] for line in absent_files(config)] == ["checkpoint.resume: 'gone'"]
+    assert [line.split(" is ")[0] for line in absent_files(config, "train")] == [
+        "checkpoint.resume: 'gone'"
+    ]
     check(config, world_size=1, phase="train", device="cpu", need_files=False)
 
 

@@ -33,6 +33,7 @@ def load(tokenizer: ChatTokenizer, tmp_path: Path) -> Load:
             "system_prompt": "",
             "prompt_suffix": "",
             "max_tokens": 1000,
+            "vocab": 67,
         }
         return load_examples(file, tokenizer, **(defaults | options))
 
