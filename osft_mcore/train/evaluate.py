@@ -10,10 +10,11 @@ from osft_mcore.evaluation.evaluator import Evaluation
 from osft_mcore.evaluation.statistics import Interval, stratified_ci
 from osft_mcore.log.console import Console
 from osft_mcore.parallel.groups import ParallelContext
+from osft_mcore.train.earlier import check_earlier
 from osft_mcore.train.identity import start_fingerprint
 from osft_mcore.train.inputs import load_held_out
 from osft_mcore.train.resume import SUMMARY
-from osft_mcore.train.sampler import BuildEngine, check_earlier, open_sampler, say_start
+from osft_mcore.train.sampler import BuildEngine, open_sampler, say_start
 from osft_mcore.train.scoring import open_scoring
 from osft_mcore.train.summary import seconds_of
 

@@ -4,28 +4,30 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from osft_mcore.config.schema import RunConfig
-from osft_mcore.data.order import single_pass
 from osft_mcore.data.parquet import data_sha256
 from osft_mcore.data.solutions import Solution, read_solutions, solution_lines
 from osft_mcore.data.tokenizer import load_tokenizer
-from osft_mcore.errors import ConfigError, NothingLeft, Stopped
+from osft_mcore.errors import Stopped
 from osft_mcore.log.console import Console
 from osft_mcore.log.run_folder import BATCHES
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.parallel.stop import StopSignals, agreed_stop, deadline
 from osft_mcore.records import Prompt, Sampling
+from osft_mcore.train.earlier import (
+    SOLUTIONS,
+    batches_of,
+    check_earlier,
+    check_pass_left,
+)
 from osft_mcore.train.identity import start_fingerprint
 from osft_mcore.train.inputs import load_train_prompts
-from osft_mcore.train.resume import SUMMARY, read_json
-from osft_mcore.train.sampler import BuildEngine, Sampler, check_earlier, open_sampler, say_start
+from osft_mcore.train.resume import SUMMARY
+from osft_mcore.train.sampler import BuildEngine, Sampler, open_sampler, say_start
 from osft_mcore.train.step_metrics import response_metrics, shown
 from osft_mcore.train.summary import seconds_of
-
-SOLUTIONS: Final = "solutions.jsonl"
 
 
 def run_generate(
@@ -60,31 +62,6 @@ def run_generate(
         )
         generation.run()
         generation.finish()
-
-
-def batches_of(config: RunConfig, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-    """One pass over the prompts, in the batches that the steps of `osft train` take first."""
-    rows = single_pass(
-        len(prompts), config.train.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
-    )
-    return [[prompts[row] for row in batch] for batch in rows[: config.train.steps]]
-
-
-def check_pass_left(config: RunConfig, num_batches: int) -> None:
-    """Raise NothingLeft if output_dir holds all `num_batches`, ConfigError if it ended earlier."""
-    summary = Path(config.output_dir) / SUMMARY
-    if config.checkpoint.resume == "never" or not summary.is_file():
-        return
-    done = int(read_json(summary).get("batches", 0))
-    if done >= num_batches:
-        raise NothingLeft(
-            f"{done} of {num_batches} batches are done, nothing is left to do; the answers are in "
-            f"{summary.with_name(SOLUTIONS)}. To begin anew choose another output_dir"
-        )
-    raise ConfigError(
-        f"output_dir: the run in {config.output_dir!r} ended after {done} batches (train.steps), "
-        f"and {num_batches} are asked for; choose another output_dir"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

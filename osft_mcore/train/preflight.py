@@ -14,7 +14,7 @@ from osft_mcore.log.lock import lock_refusal
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.topology import topology_of
 from osft_mcore.parallel.world import job_id
-from osft_mcore.train.generate import batches_of, check_pass_left
+from osft_mcore.train.earlier import batches_of, check_earlier, check_pass_left
 from osft_mcore.train.inputs import (
     load_held_out,
     load_sft_examples,
@@ -28,7 +28,6 @@ from osft_mcore.train.resume import (
     problems_by_size,
     resume_point,
 )
-from osft_mcore.train.sampler import check_earlier
 from osft_mcore.train.weight_plan import weight_lines
 from osft_mcore.weights.safetensors_io import read_hf_index
 

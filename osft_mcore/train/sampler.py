@@ -1,11 +1,9 @@
 """A run that does not train: a rollout engine with the weights of model.path, and no actor."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -14,14 +12,13 @@ from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer
-from osft_mcore.errors import ConfigError, NothingLeft, WeightError
+from osft_mcore.errors import WeightError
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.rollout.engine import RolloutEngine
-from osft_mcore.train.identity import changes, conflicts, identity
-from osft_mcore.train.resume import RUN_MANIFEST, SUMMARY, read_json
+from osft_mcore.train.earlier import began_with
 from osft_mcore.train.start import open_folder
 from osft_mcore.weights.finite import non_finite
 
@@ -98,45 +95,3 @@ def say_start(console: Console, config: RunConfig, context: ParallelContext) -> 
         f"{config.model.dtype}, from {config.model.path} ({config.model.init})"
     )
     console.say(f"rollout: vLLM tp={topology.rollout_tp}, {topology.num_replicas} replicas")
-
-
-def began_with(config: RunConfig, phase: Phase) -> dict[str, Any]:
-    """What the manifest keeps, for a later start to know whether it goes on with the same."""
-    return {"options": as_options(config), "identity": identity(config, phase)}
-
-
-def check_earlier(config: RunConfig, phase: Phase) -> bool:
-    """True if output_dir holds a run of these options to go on with; not collective.
-
-    Raises NothingLeft if it has ended, ConfigError if it is another run.
-    """
-    path = Path(config.output_dir)
-    if config.checkpoint.resume == "never" or not (path / RUN_MANIFEST).is_file():
-        return False
-    before = read_json(path / RUN_MANIFEST)
-    choose = "choose another output_dir"
-    if before.get("phase") != phase or not {"options", "identity"} <= before.keys():
-        raise ConfigError(
-            f"output_dir: {config.output_dir!r} holds an `osft {before.get('phase')}` run; {choose}"
-        )
-    ended = (path / SUMMARY).is_file()
-    if phase == "evaluate":
-        # A score is of its options; of an unfinished run nothing is used.
-        other = _other_score(before, config) if ended else []
-    else:
-        other = conflicts(before["options"], before["identity"], config, phase)
-    if other:
-        raise ConfigError(
-            [*other, f"output_dir: {config.output_dir!r} holds the run with the other values; "
-             f"restore these, or {choose}"]
-        )  # fmt: skip
-    if ended and phase == "evaluate":
-        raise NothingLeft(f"the scores are in {path / SUMMARY}; to score anew {choose}")
-    return phase == "generate"
-
-
-def _other_score(before: dict[str, Any], config: RunConfig) -> list[str]:
-    changed = changes(before["options"], config)
-    if before["identity"] != json.loads(json.dumps(identity(config, "evaluate"))):
-        changed.append("model.path, evaluation.files: what the files hold has changed")
-    return changed

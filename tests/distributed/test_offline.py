@@ -26,6 +26,8 @@ from osft_mcore.train.osft import run_osft
 from osft_mcore.train.sft import run_sft
 
 ALONE = Topology(tp=1, pp=1, dp=1)
+MAX_RESPONSE = 18
+"""In tokens: cuts off many of the answers, and not all."""
 NUM_PROMPTS, PER_BATCH, NUM_SAMPLES = 16, 6, 2
 """The last batch is smaller."""
 
@@ -38,7 +40,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
 def config_of(start: Start, out: Path, topology: Topology = ALONE) -> RunConfig:
     """One step of the toy run, at one temperature."""
     config = toy_config(start, out, topology)
-    rollout = replace(config.rollout, num_samples=NUM_SAMPLES, tau_sample=1.0)
+    rollout = replace(
+        config.rollout, num_samples=NUM_SAMPLES, tau_sample=1.0, max_response_tokens=MAX_RESPONSE
+    )
     return replace(
         config,
         rollout=replace(rollout, annealing=replace(rollout.annealing, mode="off")),
