@@ -66,6 +66,8 @@ def open_sampler(
         )
         metrics = MetricsLog(folder, config.logging, as_options(config))
         stack.callback(metrics.close)
+        # Of the run, not of its first batch.
+        clock.flush()
         yield Sampler(engine=engine, folder=folder, metrics=metrics, clock=clock)
 
 

@@ -192,6 +192,9 @@ def test_a_stopped_pass_goes_on(start: Start, solutions: Path, tmp_path: Path) -
     )
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in metrics] == [1, 2, 3]
+    assert {name for record in metrics for name in record if name.startswith("time/")} == {
+        "time/rollout_s"
+    }
 
 
 def refused(_rank: int, config: RunConfig) -> str:

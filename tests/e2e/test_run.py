@@ -19,7 +19,7 @@ import torch
 import transformers
 from engines_vllm import bare_loop, join, random_prompts, run_config, start_engine
 from models import save_random_model
-from program import children, no_process_left, outcome, read_until, started
+from program import children, forked, no_process_left, outcome, read_until, started
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -239,10 +239,10 @@ def test_a_model_is_scored_alone_as_a_run_scores_its_start(runs: Runs) -> None:
         assert kept == json_lines(runs.osft / "evaluations" / name)
     theirs = json_lines(runs.osft / "evaluations.jsonl")
     assert json_lines(folder / "evaluations.jsonl") == [r for r in theirs if r["step"] == 0]
-    again = outcome(started(command, runs.root))
+    again = forked(command, runs.root)
     assert again.code == 86
     assert "to score anew choose another output_dir" in again.err
-    other = outcome(started([*command, "model.path=osft/hf"], runs.root))
+    other = forked([*command, "model.path=osft/hf"], runs.root)
     assert other.code == 2
     assert "model.path: 'sft/hf' -> 'osft/hf'" in other.err
 
