@@ -1,4 +1,4 @@
-"""Entry point: `osft train`, `osft sft`; starts the ranks itself when no launcher did."""
+"""Entry point: the commands of `osft`; starts the ranks itself when no launcher did."""
 
 # torch, Megatron-Core and vLLM take seconds to import, and a mistake in the options should not:
 # they are imported inside functions, after the options are known to be good.
@@ -13,11 +13,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from osft_mcore import __version__
 from osft_mcore.config.check import absent_files, check, model_is_here
 from osft_mcore.config.describe import describe
 from osft_mcore.config.load import load_config
+from osft_mcore.config.phases import reads_training_data, samples
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.errors import ConfigError, NothingLeft, OsftError, Stopped
 from osft_mcore.parallel.topology import Topology, topology_of
@@ -30,6 +32,10 @@ from osft_mcore.parallel.world import (
     local_rank,
     started_by_own_launcher,
 )
+
+if TYPE_CHECKING:
+    from osft_mcore.log.console import Console
+    from osft_mcore.parallel.groups import ParallelContext
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +68,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
         hidden = _hidden_by(error, checks, arguments)
         raise ConfigError([*error.problems, *hidden]) from None
     checks(config)
-    rollout_tp = config.rollout.tp if phase == "train" else 1
+    rollout_tp = config.rollout.tp if samples(phase) else 1
     topology = topology_of(config.parallel, rollout_tp=rollout_tp)
     if arguments.dry_run:
         sys.stdout.write(_plan(config, phase, topology))
@@ -103,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("train", "online SFT: sample, train, sync, repeat"),
         ("sft", "supervised fine-tuning on given answers"),
+        ("generate", "sample answers to the training prompts once, for offline training"),
+        ("evaluate", "score a model on held-out problems"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
@@ -118,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(config: RunConfig, phase: Phase, topology: Topology) -> str:
     from osft_mcore.data.parquet import count_rows
 
-    num_rows = count_rows(config.data.train)
+    num_rows = count_rows(config.data.train) if reads_training_data(phase) else None
     places = topology.all_coordinates()
     plan = describe(config, phase=phase, ranks=places, num_prompts=num_rows) + "\n"
     if phase == "train" and model_is_here(config):
@@ -127,7 +135,7 @@ def _plan(config: RunConfig, phase: Phase, topology: Topology) -> str:
 
         lines = weight_lines(config, read_model_shape(config.model.path), topology)
         plan += "# Weights to vLLM\n" + "".join(f"{line}\n" for line in lines)
-    if absent := absent_files(config):
+    if absent := absent_files(config, phase):
         plan += "# Not here, so not checked\n" + "".join(f"{problem}\n" for problem in absent)
     return plan
 
@@ -145,20 +153,31 @@ def _run_rank(config: RunConfig, phase: Phase, topology: Topology) -> None:
     try:
         with parallel_context(topology, timeout_minutes=config.parallel.timeout_minutes) as context:
             console = Console(enabled=context.rank == 0, progress=config.logging.progress)
-            if phase == "train":
-                from osft_mcore.train.osft import run_osft
-                from osft_mcore.train.vllm import build_engine
-
-                run_osft(config, context, console, build_engine)
-            else:
-                from osft_mcore.train.sft import run_sft
-
-                run_sft(config, context, console)
+            _run_phase(config, phase, context, console)
     except OsftError as error:
         _leave(_report(error))
     except BaseException:
         sys.stderr.write(f"[rank {os.environ.get('RANK')}] {traceback.format_exc()}")
         _leave(1)
+
+
+def _run_phase(
+    config: RunConfig, phase: Phase, context: "ParallelContext", console: "Console"
+) -> None:
+    if phase == "sft":
+        from osft_mcore.train.sft import run_sft
+
+        run_sft(config, context, console)
+        return
+    from osft_mcore.train.vllm import build_engine
+
+    if phase == "train":
+        from osft_mcore.train.osft import run_osft as run
+    elif phase == "generate":
+        from osft_mcore.train.generate import run_generate as run
+    else:
+        from osft_mcore.train.evaluate import run_evaluate as run
+    run(config, context, console, build_engine)
 
 
 def _silence_libraries() -> None:

@@ -4,6 +4,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One question, rendered and tokenised once at load time."""
 
@@ -16,6 +24,8 @@ class Prompt:
     """The rendered prompt, chat template applied."""
     token_ids: tuple[int, ...]
     ground_truth: str
+    messages: tuple[Message, ...] = ()
+    """What `text` was rendered from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -150,7 +150,7 @@ def bare_loop(
         actor=actor,
         engine=engine,
         sync=sync,
-        evaluator=None,
+        scoring=None,
         decode=str,
         folder=folder,
         metrics=MetricsLog(folder, config.logging, {}),

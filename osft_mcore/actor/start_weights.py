@@ -1,15 +1,17 @@
 """The weights that a run starts from, and those that its KL penalty measures from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig
-from osft_mcore.weights.fill import random_into
+from osft_mcore.weights.fill import filled, random_into, random_tensor
 from osft_mcore.weights.layout import Layout
-from osft_mcore.weights.safetensors_io import load_into
+from osft_mcore.weights.params import hf_layouts, hf_tensors
+from osft_mcore.weights.safetensors_io import HfSource, load_into
 
 
 def reference_source(model: ModelConfig, algorithm: AlgorithmConfig) -> ModelConfig:
@@ -32,3 +34,15 @@ def load_start_weights(
         random_into(params, layout, shape, seed)
     else:
         load_into(params, layout, model.path)
+
+
+def start_tensors(
+    shape: ModelShape, model: ModelConfig, *, dtype: torch.dtype, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The same weights as whole Hugging Face tensors, each new and on the CPU."""
+    if model.init == "random":
+        for name, size in hf_tensors(shape).items():
+            yield name, random_tensor(name, size, seed, shape.init_std).to(dtype)
+        return
+    source = HfSource(model.path)
+    yield from filled(hf_layouts(shape), source.layouts, source.rows, dtype=lambda _: dtype)

@@ -15,6 +15,7 @@ from osft_mcore.config.check_batches import batch_problems
 from osft_mcore.config.divide import divides, divisors, listed, tensor_parallel_problems
 from osft_mcore.config.duration import seconds
 from osft_mcore.config.model_shape import FAMILIES, ModelShape, read_model_shape
+from osft_mcore.config.phases import reads_training_data, samples, scores, trains
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.errors import ConfigError
 
@@ -38,18 +39,20 @@ def check(
     model.path. `need_files` False: what is in `absent_files` is no problem. Reads nothing else
     but whether files exist; the same answer on every rank.
     """
-    samples = phase == "train"
     problems = [
         *_numbers(config),
         *_unset(config, phase),
-        *(_absent_inputs(config) if need_files else ()),
+        *(_absent_inputs(config, phase) if need_files else ()),
         *_world(config, world_size),
-        *batch_problems(config, phase),
         *_optional_parts(config, phase),
-        *algorithm_problems(config.algorithm, samples=samples),
     ]
-    if samples:
-        problems += _rollout_world(config, world_size)
+    if trains(phase):
+        problems += batch_problems(config, phase)
+        problems += algorithm_problems(config.algorithm, samples=samples(phase))
+    else:
+        problems += _without_training(config, phase)
+    if samples(phase):
+        problems += _rollout_world(config, world_size, phase)
     if shape is None and config.model.path and (need_files or model_is_here(config)):
         try:
             shape = read_model_shape(config.model.path)
@@ -57,8 +60,9 @@ def check(
             problems += error.problems
     if shape is not None:
         problems += _actor_shape(config, shape)
-        if samples:
+        if samples(phase):
             problems += _rollout_shape(config, shape, device)
+        if phase == "train":
             tokens = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
             problems += reference_problems(config.algorithm, shape, num_tokens=tokens)
     if problems:
@@ -179,10 +183,10 @@ def _non_negative(config: RunConfig) -> Iterable[tuple[str, float]]:
     )
 
 
-def absent_files(config: RunConfig) -> list[str]:
-    """Files that the config names and this machine does not have, each with its option."""
+def absent_files(config: RunConfig, phase: Phase) -> list[str]:
+    """Files that the command reads and this machine does not have, each with its option."""
     model = config.model.path
-    absent = list(_absent_inputs(config))
+    absent = list(_absent_inputs(config, phase))
     if model and not model_is_here(config):
         absent.insert(0, f"model.path: no config.json in {model!r}")
     return absent
@@ -196,28 +200,33 @@ def model_is_here(config: RunConfig) -> bool:
 def _unset(config: RunConfig, phase: Phase) -> Iterator[str]:
     if not config.model.path:
         yield "model.path: not set; expected a Hugging Face model folder"
-    if not config.data.train:
+    if reads_training_data(phase) and not config.data.train:
         yield "data.train: not set; expected a parquet file"
     if not config.data.prompt_key:
         yield "data.prompt_key: not set; expected a column name"
     if phase == "sft" and not config.data.response_key:
         yield "data.response_key: not set; expected a column name"
+    if phase == "evaluate" and not config.evaluation.files:
+        yield "evaluation.files: not set; expected parquet files with the problems to score on"
     if not config.output_dir:
         yield "output_dir: not set; expected the folder that the run writes"
     if not config.checkpoint.resume:
         yield f"checkpoint.resume: not set; expected {RESUME}"
 
 
-def _absent_inputs(config: RunConfig) -> Iterator[str]:
-    if config.data.train and not Path(config.data.train).is_file():
+def _absent_inputs(config: RunConfig, phase: Phase) -> Iterator[str]:
+    train = config.data.train if reads_training_data(phase) else ""
+    if train and not Path(config.data.train).is_file():
         yield f"data.train: {config.data.train!r} is not a file; expected a parquet file"
-    for file in config.evaluation.files:
+    # `osft sft` refuses them, be they there or not.
+    for file in config.evaluation.files if scores(phase) else ():
         if not Path(file).is_file():
             yield f"evaluation.files: {file!r} is not a file; expected parquet files"
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         yield f"data.chat_template: {template!r} is not a file; expected a Jinja template"
-    yield from absent_reference(config.algorithm)
+    if trains(phase):
+        yield from absent_reference(config.algorithm)
     resume = config.checkpoint.resume
     if resume not in ("", "auto", "never") and not Path(resume).is_dir():
         yield f"checkpoint.resume: {resume!r} is not a folder; expected {RESUME}"
@@ -241,7 +250,7 @@ def _world(config: RunConfig, world_size: int | None) -> Iterator[str]:
     )
 
 
-def _rollout_world(config: RunConfig, world_size: int | None) -> Iterator[str]:
+def _rollout_world(config: RunConfig, world_size: int | None, phase: Phase) -> Iterator[str]:
     parallel, tp = config.parallel, config.rollout.tp
     world = parallel.tp * parallel.pp * parallel.dp if world_size is None else world_size
     if world >= 1 and not divides(tp, world):
@@ -249,7 +258,7 @@ def _rollout_world(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"rollout.tp: {tp} does not divide the world of {world} processes; "
             f"choose one of {listed(divisors(world))}"
         )
-    elif tp > 0 and 0 < config.train.prompts_per_update < world // tp:
+    elif trains(phase) and tp > 0 and 0 < config.train.prompts_per_update < world // tp:
         yield (
             f"train.prompts_per_update: {config.train.prompts_per_update}, but there are "
             f"{world // tp} rollout replicas; the gate compares the answers of one update, so it "
@@ -294,19 +303,34 @@ def _rollout_shape(config: RunConfig, shape: ModelShape, device: str) -> Iterato
         )
 
 
+def _without_training(config: RunConfig, phase: Phase) -> Iterator[str]:
+    resume, mode = config.checkpoint.resume, config.rollout.annealing.mode
+    if resume not in ("", "auto", "never"):
+        yield (
+            f"checkpoint.resume: found {resume!r}, but osft {phase} takes its weights from "
+            "model.path; expected auto or never (a checkpoint becomes such a folder with "
+            "tools/convert_mcore_to_hf.py)"
+        )
+    if phase == "generate" and mode != "off":
+        yield (
+            f"rollout.annealing.mode: found {mode!r}, but osft generate samples all answers at "
+            "rollout.tau_sample; set it to off"
+        )
+
+
 def _optional_parts(config: RunConfig, phase: Phase) -> Iterator[str]:
     evaluation = config.evaluation
     if phase == "sft" and evaluation.files:
         yield (
             "evaluation.files: osft sft does not sample, so it cannot evaluate; leave them out "
-            "(osft train evaluates its starting model)"
+            "(osft evaluate scores the model that it leaves)"
         )
     if evaluation.baseline_temperatures and not evaluation.before:
         yield (
             "evaluation.baseline_temperatures: they are for the starting model, which "
             "evaluation.before=false leaves out; set it to true or drop them"
         )
-    if evaluation.every > 0 and not evaluation.files:
+    if trains(phase) and evaluation.every > 0 and not evaluation.files:
         yield (
             f"evaluation.every: found {evaluation.every}, but evaluation.files is empty; "
             "name the files or set evaluation.every=0"

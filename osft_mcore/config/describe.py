@@ -6,6 +6,7 @@ from typing import Protocol
 
 from osft_mcore.config.check_batches import sequences_per_update
 from osft_mcore.config.load import to_yaml
+from osft_mcore.config.phases import trains
 from osft_mcore.config.schema import Phase, RunConfig, TrainConfig
 
 
@@ -123,6 +124,8 @@ def _chunk_line(config: RunConfig) -> str:
 
 def batch_table(config: RunConfig, *, phase: Phase, num_prompts: int | None = None) -> str:
     """One line per quantity: its value, the numbers it comes from, the options behind them."""
+    if not trains(phase):
+        return _sampling_table(config, phase, num_prompts)
     train, dp = config.train, config.parallel.dp
     batch = batch_arithmetic(config, phase=phase, num_prompts=num_prompts)
     samples = phase == "train"
@@ -192,6 +195,30 @@ def _length_lines(
             )
         )
     return lines
+
+
+def _sampling_table(config: RunConfig, phase: Phase, num_prompts: int | None) -> str:
+    if phase == "evaluate":
+        evaluation = config.evaluation
+        temperatures = {evaluation.temperature, *evaluation.baseline_temperatures}
+        source = "evaluation.temperature, baseline_temperatures"
+        lines = [
+            ("samples a problem", evaluation.num_samples, "", "evaluation.num_samples"),
+            ("temperatures", len(temperatures), "", source),
+        ]
+        return _aligned(lines)
+    size, answers = config.train.prompts_per_step, config.rollout.num_samples
+    options = "train.prompts_per_step * rollout.num_samples"
+    lines = [
+        ("prompts a batch", size, "", "train.prompts_per_step"),
+        ("answers a batch", size * answers, f"{size} * {answers}", options),
+    ]
+    if num_prompts is not None:
+        batches, limit = -(-num_prompts // size), config.train.steps
+        source = "prompts in data.train / train.prompts_per_step, rounded up; at most train.steps"
+        numbers = f"{num_prompts} / {size}" if limit is None or limit >= batches else ""
+        lines.append(("batches", min(batches, limit or batches), numbers, source))
+    return _aligned(lines)
 
 
 def _aligned(lines: Sequence[tuple[str, int, str, str]]) -> str:

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, with_config
 
-Phase = Literal["train", "sft"]
-"""Which command: `osft train` samples the answers that it learns, to `osft sft` they are given."""
+Phase = Literal["train", "sft", "generate", "evaluate"]
+"""Which command: `osft train` samples the answers that it learns, to `osft sft` they are given,
+`osft generate` only samples them, and `osft evaluate` only scores. See config/phases.py."""
 
 Recompute = Literal["none", "selective", "full"]
 """See `TrainConfig.recompute`."""
@@ -133,7 +134,8 @@ class TrainConfig:
     """Batches, optimizer, schedule, length of the run."""
 
     steps: int | None = None
-    """Rollout batches to train on; None: `epochs` passes over the data."""
+    """Rollout batches to train on; None: `epochs` passes over the data. `osft generate` makes one
+    pass, of at most this many batches."""
     epochs: int = 1
     prompts_per_step: int = 128
     """Prompts per rollout batch."""
@@ -176,11 +178,13 @@ class DataConfig:
     """Training data and how prompts are rendered."""
 
     train: str = ""
-    """Parquet file. `osft train`: prompt, data_source, reward_model.ground_truth.
-    `osft sft`: prompt_key and response_key."""
+    """Parquet file. `osft train` and `osft generate`: prompt, data_source,
+    reward_model.ground_truth. `osft sft`: prompt_key and response_key."""
     prompt_key: str = "prompt"
+    """Column with the prompt: text or messages; for `osft sft` token ids, too."""
     response_key: str = "response"
-    """Column with the given answer; `osft sft` only."""
+    """Column with the given answer: text, or token ids, which are taken as they are (no
+    end-of-answer token is added). `osft sft` only."""
     shuffle: bool = True
     system_prompt: str = ""
     """Put before the user turn, if not empty."""
@@ -204,7 +208,8 @@ class EvaluationConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     baseline_temperatures: tuple[float, ...] = ()
-    """Other temperatures for the starting model; its best one is the baseline to beat."""
+    """Other temperatures for the starting model; its best one is the baseline to beat. For
+    `osft evaluate` that is the model which it scores."""
     max_problems: int | None = None
     """Use only the first this many problems of each file."""
     grader_timeout_s: float = 5.0
@@ -229,7 +234,8 @@ class CheckpointConfig:
     """Checkpoints of steps that are multiples of this are never deleted; 0: none."""
     resume: str = "auto"
     """`auto`: go on from the newest checkpoint of output_dir whose files are whole, if a run is
-    there. `never`: refuse a folder that holds a run. Else the path of a checkpoint, or of a run."""
+    there; `osft generate` goes on after its last batch. `never`: refuse a folder that holds a run.
+    Else the path of a checkpoint, or of a run."""
     verify: bool = True
     """Before resuming, hold the SHA-256 of every file against the manifest; false: its size."""
     stop_after: str | None = None

@@ -33,3 +33,12 @@ def batch_rows(
     epoch, batch = divmod(step, steps_per_epoch(num_items, batch_size))
     order = epoch_order(num_items, seed, epoch, shuffle)
     return order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def single_pass(num_items: int, batch_size: int, seed: int, shuffle: bool) -> list[tuple[int, ...]]:
+    """Positions of all items, once, in batches: those of the first epoch, then what it leaves out.
+
+    The last one may be smaller.
+    """
+    order = epoch_order(num_items, seed, 0, shuffle)
+    return [order[start : start + batch_size] for start in range(0, num_items, batch_size)]

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from osft_mcore.data.tokenizer import Message
 from osft_mcore.errors import DataError
+from osft_mcore.records import Message
 
 NUM_ROWS_SHOWN = 5
 
@@ -32,6 +32,8 @@ class RowProblems:
     """Collects what is wrong with single rows, to report them together."""
 
     file: DataFile
+    unit: str = "row"
+    """What a row of the file is called."""
     reasons: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, row: int, reason: str) -> None:
@@ -42,10 +44,12 @@ class RowProblems:
         """Raise DataError with the first rows and the total count."""
         if not self.reasons:
             return
-        shown = "; ".join(f"row {row}: {reason}" for row, reason in self.reasons[:NUM_ROWS_SHOWN])
+        shown = "; ".join(
+            f"{self.unit} {row}: {reason}" for row, reason in self.reasons[:NUM_ROWS_SHOWN]
+        )
         more = len(self.reasons) - NUM_ROWS_SHOWN
         raise self.file.error(
-            f"{len(self.reasons)} of {num_rows} rows cannot be used: {shown}"
+            f"{len(self.reasons)} of {num_rows} {self.unit}s cannot be used: {shown}"
             + (f"; and {more} more" if more > 0 else "")
         )
 
@@ -105,13 +109,36 @@ def check_prompt_column(file: DataFile, table: pa.Table, name: str, option: str)
     )
 
 
-def check_text_column(file: DataFile, table: pa.Table, name: str, option: str) -> None:
+def check_text_column(
+    file: DataFile, table: pa.Table, name: str, option: str, *, expected: str = "text"
+) -> None:
     """Raise DataError unless the column holds texts."""
     kind = table.schema.field(name).type
     if not _is_text(kind):
         raise file.error(
-            f"column {name!r} has type {kind}; expected text (option {option} names the column)"
+            f"column {name!r} has type {kind}; expected {expected} "
+            f"(option {option} names the column)"
         )
+
+
+def holds_token_ids(table: pa.Table, name: str) -> bool:
+    """True if the column holds lists of whole numbers."""
+    kind = table.schema.field(name).type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_list and bool(pa.types.is_integer(kind.value_type))
+
+
+def to_token_ids(cell: Sequence[int | None], *, vocab: int) -> tuple[int, ...]:
+    """The token ids in a cell. Raises ValueError for one that the model does not have."""
+    ids = []
+    for token_id in cell:
+        if token_id is None or not 0 <= token_id < vocab:
+            raise ValueError(
+                f"token id {token_id}, which the model does not have (vocab_size {vocab}); the "
+                "ids must be of model.path's own tokenizer"
+            )
+        ids.append(token_id)
+    return tuple(ids)
 
 
 def _is_text(kind: Any) -> bool:

@@ -58,7 +58,8 @@ def load_problems(
             messages = to_messages(
                 record[prompt_key], system_prompt=system_prompt, prompt_suffix=prompt_suffix
             )
-            prompts.append(_prompt(row, record, *tokenizer.render(messages)))
+            prompt = _prompt(row, record, *tokenizer.render(messages))
+            prompts.append(replace(prompt, messages=tuple(messages)))
         except ValueError as reason:
             problems.add(row, str(reason))
     problems.raise_if_any(table.num_rows)

@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 
 from osft_mcore.data.parquet import (
     DataFile,
     RowProblems,
     check_prompt_column,
     check_text_column,
+    holds_token_ids,
     read_table,
     to_messages,
+    to_token_ids,
 )
 from osft_mcore.data.tokenizer import ChatTokenizer
 from osft_mcore.records import Example
@@ -34,24 +39,35 @@ def load_examples(
     system_prompt: str,
     prompt_suffix: str,
     max_tokens: int,
+    vocab: int,
 ) -> SftData:
-    """Read, render and tokenise a parquet file of prompts (text or messages) and responses.
+    """Read a parquet file of prompts (text, messages, or token ids) and responses (text or ids).
 
-    Raises DataError that names data.train, the file, and every kind of fault.
+    Text is rendered and tokenised, and a response closed; token ids are taken as they are.
+    `vocab`: of the model. Raises DataError that names data.train, the file, and every kind of
+    fault.
     """
     source = DataFile(path=Path(file), option="data.train")
     table = read_table(source, (prompt_key, response_key), (), None)
-    check_prompt_column(source, table, prompt_key, "data.prompt_key")
-    check_text_column(source, table, response_key, "data.response_key")
+    _check_columns(source, table, prompt_key, response_key)
+    if holds_token_ids(table, prompt_key) and (system_prompt or prompt_suffix):
+        raise source.error(
+            f"column {prompt_key!r} holds token ids, to which data.system_prompt and "
+            "data.prompt_suffix cannot be added; leave them out or name a column with text"
+        )
     problems = RowProblems(source)
     examples = []
     for row, record in enumerate(table.to_pylist()):
         try:
-            messages = to_messages(
-                record[prompt_key], system_prompt=system_prompt, prompt_suffix=prompt_suffix
+            prompt = _prompt(
+                record[prompt_key],
+                tokenizer,
+                system_prompt=system_prompt,
+                prompt_suffix=prompt_suffix,
+                vocab=vocab,
             )
-            prompt = tokenizer.render(messages)[1]
-            examples.append(_example(prompt, record[response_key], tokenizer, row=row))
+            response = _response(record[response_key], tokenizer, vocab=vocab)
+            examples.append(Example(prompt_token_ids=prompt, response_token_ids=response, row=row))
         except ValueError as reason:
             problems.add(row, str(reason))
     problems.raise_if_any(table.num_rows)
@@ -65,13 +81,34 @@ def load_examples(
     return SftData(file=source.path, examples=kept, num_dropped_overlong=len(examples) - len(kept))
 
 
-def _example(
-    prompt_token_ids: tuple[int, ...], response: str | None, tokenizer: ChatTokenizer, *, row: int
-) -> Example:
-    if not response or not response.strip():
+def _check_columns(source: DataFile, table: pa.Table, prompt_key: str, response_key: str) -> None:
+    if not holds_token_ids(table, prompt_key):
+        check_prompt_column(source, table, prompt_key, "data.prompt_key")
+    if not holds_token_ids(table, response_key):
+        check_text_column(
+            source,
+            table,
+            response_key,
+            "data.response_key",
+            expected="text or lists of token ids",
+        )
+
+
+def _prompt(
+    cell: Any, tokenizer: ChatTokenizer, *, system_prompt: str, prompt_suffix: str, vocab: int
+) -> tuple[int, ...]:
+    if cell and isinstance(cell, list) and not isinstance(cell[0], dict):
+        return to_token_ids(cell, vocab=vocab)
+    messages = to_messages(cell, system_prompt=system_prompt, prompt_suffix=prompt_suffix)
+    return tokenizer.render(messages)[1]
+
+
+def _response(cell: Any, tokenizer: ChatTokenizer, *, vocab: int) -> tuple[int, ...]:
+    if not cell or (isinstance(cell, str) and not cell.strip()):
         raise ValueError("no response")
-    return Example(
-        prompt_token_ids=prompt_token_ids,
-        response_token_ids=tokenizer.encode_response(response),
-        row=row,
-    )
+    if isinstance(cell, str):
+        return tokenizer.encode_response(cell)
+    token_ids = to_token_ids(cell, vocab=vocab)
+    # Not closed: an answer that was cut off must not teach that it ended there.
+    tokenizer.check_ends_once(token_ids)
+    return token_ids

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from osft_mcore.errors import ConfigError
+from osft_mcore.records import Message
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 TOKENIZER_FILES = (
@@ -24,14 +25,6 @@ TOKENIZER_FILES = (
 """All that decides how text becomes tokens and which of them end an answer."""
 PROBE = "What is 1+1"
 """A template that does not render this text back loses the question."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +53,13 @@ class ChatTokenizer:
         token_ids = self._encode(text)
         if not token_ids or token_ids[-1] not in self.eos_token_ids:
             token_ids = (*token_ids, self.response_eos_id)
+        self.check_ends_once(token_ids)
+        return token_ids
+
+    def check_ends_once(self, token_ids: Sequence[int]) -> None:
+        """Raise ValueError if an answer contains an end-of-answer token before its end."""
         if not self.eos_token_ids.isdisjoint(token_ids[:-1]):
             raise ValueError("an end-of-answer token inside the answer")
-        return token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of an answer, special tokens left out."""

@@ -3,18 +3,20 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from osft_mcore.errors import CheckpointError, ConfigError
-from osft_mcore.files import replace_file
+from osft_mcore.files import rename, replace_file, write_file
 
 LOGS: Final = ("metrics.jsonl", "evaluations.jsonl")
 """One line a step, or a few."""
 PER_STEP: Final = ("rollouts", "evaluations", "skipped")
 """Folders with files named step_N..."""
+BATCHES: Final = "batches"
+"""What `osft generate` has sampled so far, until it has all."""
 
 
 class RunFolder:
@@ -51,7 +53,7 @@ class RunFolder:
         while (aside := self.path / f"unfinished_{number}").exists():
             number += 1
         aside.mkdir()
-        for name in (*LOGS, *PER_STEP, "hf", "config.yaml", "manifest.json"):
+        for name in (*LOGS, *PER_STEP, BATCHES, "hf", "config.yaml", "manifest.json"):
             if (self.path / name).exists():
                 os.replace(self.path / name, aside / name)
         return aside
@@ -104,6 +106,15 @@ class RunFolder:
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace file `name` by one JSON object a line."""
         self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def join(self, name: str, parts: Sequence[str]) -> None:
+        """Replace file `name` by the files `parts`, one after the other, as `write_text` does."""
+        if self.writer:
+            target = self.path / name
+            temporary = target.with_name(target.name + ".tmp")
+            with _told(target):
+                write_file(temporary, ((self.path / part).read_bytes() for part in parts))
+                rename(temporary, target)
 
     def append_line(self, name: str, row: Mapping[str, Any]) -> None:
         """Append one JSON object; flushed, so that a killed run keeps its history.

@@ -46,7 +46,7 @@ class StepEdge:
         self._fixed = {
             "phase": phase,
             "options": as_options(config),
-            "identity": identity(config),
+            "identity": identity(config, phase),
         }
 
     @contextmanager

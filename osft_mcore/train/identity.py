@@ -9,7 +9,8 @@ from typing import Any, Final
 from osft_mcore.actor.start_weights import reference_source
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
-from osft_mcore.config.schema import Phase, RunConfig
+from osft_mcore.config.phases import reads_training_data, trains
+from osft_mcore.config.schema import ModelConfig, Phase, RunConfig
 from osft_mcore.data.parquet import data_sha256
 from osft_mcore.data.tokenizer import tokenizer_files
 from osft_mcore.weights.fingerprint import weights_fingerprint
@@ -26,41 +27,72 @@ FIXED: Final = (
     "data.prompt_suffix",
 )
 """Options that decide which examples a step sees, or what the saved tensors are."""
-FIXED_FOR_SFT: Final = ("rollout.max_response_tokens",)
-"""There it decides which examples are dropped."""
+FIXED_FOR: Final[Mapping[Phase, tuple[str, ...]]] = {
+    "train": (),
+    # It decides which examples are dropped.
+    "sft": ("rollout.max_response_tokens",),
+    "generate": (
+        "model.init",
+        "rollout.max_response_tokens",
+        "rollout.num_samples",
+        "rollout.tau_sample",
+        "rollout.top_p",
+        "rollout.top_k",
+    ),
+}
+"""And these, by command."""
 REFERENCE: Final = "algorithm.reference"
 """Compared where both runs have one: algorithm.kl_coef may change, also from 0 and to 0."""
 NOT_COMPARED: Final = ("output_dir", "checkpoint.resume")
 SHOWN_CHARACTERS: Final = 60
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    """Fingerprints of the files that a run learns from: JSON-able, the same on every rank."""
+def identity(config: RunConfig, phase: Phase) -> dict[str, Any]:
+    """Fingerprints of the files that a run learns from: JSON-able, the same on every rank.
+
+    Of a run that does not train, also of the weights, which it takes from no checkpoint.
+    """
     template = config.data.chat_template
-    return {
+    found = {
         "model": asdict(read_model_shape(config.model.path)),
         "tokenizer": {
             path.name: _sha256(path) for path in tokenizer_files(Path(config.model.path))
         },
         "data.chat_template": None if template is None else _sha256(Path(template)),
-        "data.train": data_sha256(config.data.train),
-        REFERENCE: _reference(config),
     }
+    if reads_training_data(phase):
+        found["data.train"] = data_sha256(config.data.train)
+    if phase == "evaluate":
+        found["evaluation.files"] = {path: data_sha256(path) for path in config.evaluation.files}
+    if trains(phase):
+        found[REFERENCE] = _reference(config)
+    else:
+        found["weights"] = start_fingerprint(config)
+    return found
+
+
+def start_fingerprint(config: RunConfig) -> str:
+    """Tells the weights that a run starts from."""
+    return _fingerprint(config.model, config.seed)
 
 
 def conflicts(
     saved: Mapping[str, Any], saved_identity: Mapping[str, Any], config: RunConfig, phase: Phase
 ) -> list[str]:
-    """Why a run with `config` cannot go on from one with the options `saved`, one line each."""
+    """Why a run with `config` cannot go on from one with the options `saved`, one line each.
+
+    Not for `evaluate`, which never goes on.
+    """
     before, now = dict(_leaves(saved)), dict(_leaves(as_options(config)))
-    fixed = (*FIXED, *(FIXED_FOR_SFT if phase == "sft" else ()))
+    fixed = (*FIXED, *FIXED_FOR[phase])
+    made = "the checkpoint was made with" if trains(phase) else "the run began with"
     lines = [
-        f"{name}: found {_short(now[name])}, the checkpoint was made with {_short(before[name])}"
+        f"{name}: found {_short(now[name])}, {made} {_short(before[name])}"
         for name in fixed
         if name in before and before[name] != now[name]
     ]
-    options = {"model": "model.path", "tokenizer": "model.path"}
-    here = dict(_leaves(_plain(identity(config))))
+    options = dict.fromkeys(("model", "tokenizer", "weights"), "model.path")
+    here = dict(_leaves(_plain(identity(config, phase))))
     there = dict(_leaves(saved_identity))
     for name in sorted({*here, *there}):
         if name == REFERENCE and None in (here.get(name), there.get(name)):
@@ -68,8 +100,8 @@ def conflicts(
         if here.get(name) != there.get(name):
             section = name.split(".")[0]
             lines.append(
-                f"{options.get(section, name)}: {name} is {_short(here.get(name))}, the checkpoint "
-                f"was made with {_short(there.get(name))}"
+                f"{options.get(section, name)}: {name} is {_short(here.get(name))}, {made} "
+                f"{_short(there.get(name))}"
             )
     return lines
 
@@ -88,10 +120,13 @@ def _reference(config: RunConfig) -> str | None:
     """What the penalty is measured from; its weights are in no checkpoint."""
     if config.algorithm.kl_coef == 0:
         return None
-    source = reference_source(config.model, config.algorithm)
-    if source.init == "random":
-        return f"random weights of seed {config.seed}"
-    return weights_fingerprint(source.path)
+    return _fingerprint(reference_source(config.model, config.algorithm), config.seed)
+
+
+def _fingerprint(model: ModelConfig, seed: int) -> str:
+    if model.init == "random":
+        return f"random weights of seed {seed}"
+    return weights_fingerprint(model.path)
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import steps_per_epoch
 from osft_mcore.data.parquet import data_sha256
@@ -42,6 +43,7 @@ def load_sft_examples(config: RunConfig, tokenizer: ChatTokenizer) -> SftData:
         system_prompt=config.data.system_prompt,
         prompt_suffix=config.data.prompt_suffix,
         max_tokens=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        vocab=read_model_shape(config.model.path).vocab,
     )
 
 

@@ -1,6 +1,5 @@
 """Online SFT: generate, train, sync, evaluate, save, log."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,17 +8,17 @@ from osft_mcore.actor.result import UpdateResult
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import batch_rows, steps_per_epoch
 from osft_mcore.errors import DataError
-from osft_mcore.evaluation.evaluator import Evaluation, Evaluator, metrics
+from osft_mcore.evaluation.evaluator import Evaluation
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
-from osft_mcore.parallel.groups import wait_for_all
 from osft_mcore.records import Example, Prompt, Response, Sampling
 from osft_mcore.rollout.engine import RolloutEngine, reported_temperature
 from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
 from osft_mcore.train.performance import performance_metrics
 from osft_mcore.train.schedules import learning_rate, sampling_temperature, train_temperature
+from osft_mcore.train.scoring import Scoring
 from osft_mcore.train.skipped import SkippedUpdates, answer_rows
 from osft_mcore.train.step_metrics import (
     push_metrics,
@@ -43,7 +42,7 @@ class OsftLoop:
     actor: Actor
     engine: RolloutEngine
     sync: WeightSync
-    evaluator: Evaluator | None
+    scoring: Scoring | None
     folder: RunFolder
     metrics: MetricsLog
     console: Console
@@ -162,22 +161,9 @@ class OsftLoop:
 
     def evaluate(self, step: int, temperature: float) -> Evaluation | None:
         """Score the held-out problems; the result is on the grading rank only."""
-        if self.evaluator is None:
-            return None
         # Whoever asked for its weights since the push, as an export does, has them.
         self.actor.rest()
-        with self.clock("evaluate"):
-            evaluation = self.evaluator.run(step, temperature)
-            # One rank grades; the others wait here, under parallel.timeout_minutes.
-            wait_for_all(self.actor.context)
-        if evaluation is not None:
-            self.metrics.write_evaluation(step, metrics(evaluation))
-            rows = map(dataclasses.asdict, evaluation.answers)
-            self.folder.write_lines(_answers_file(step, temperature), rows)
-            self.console.say(
-                f"step {step}, temperature {temperature:g}: pass@1 {evaluation.pass_at_1:.1%}"
-            )
-        return evaluation
+        return None if self.scoring is None else self.scoring.score(step, temperature)
 
     def score_start(self) -> list[Evaluation]:
         """Score the starting model: at the evaluation temperature first, then at the others.
@@ -198,13 +184,12 @@ class OsftLoop:
 
         Empty on ranks that do not grade, and if the problems are not the same any more.
         """
-        if self.evaluator is None or not self.folder.writer:
+        if self.scoring is None or not self.folder.writer:
             return []
         cfg = self.config.evaluation
         recalled = []
         for tau in dict.fromkeys((cfg.temperature, *cfg.baseline_temperatures)):
-            rows = self.folder.read_lines(_answers_file(0, tau))
-            if (evaluation := self.evaluator.recall(0, tau, rows)) is not None:
+            if (evaluation := self.scoring.recall(0, tau)) is not None:
                 recalled.append(evaluation)
         if recalled and recalled[0].temperature == cfg.temperature:
             return recalled
@@ -244,10 +229,6 @@ class OsftLoop:
                 f"rollouts/step_{step}.jsonl", rollout_rows(responses, self.decode)
             )
         return shown(record, "loss/nll", "rollout/response_length_mean", "sync/logprob_diff_max")
-
-
-def _answers_file(step: int, temperature: float) -> str:
-    return f"evaluations/step_{step}_temperature_{temperature:g}.jsonl"
 
 
 def due(every: int, step: int) -> bool:

@@ -7,9 +7,8 @@ from osft_mcore.actor.actor import Actor
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
+from osft_mcore.data.problems import Problems
 from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
-from osft_mcore.evaluation.evaluator import Evaluator
-from osft_mcore.evaluation.grading import Grader
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.parallel.groups import ParallelContext
@@ -17,6 +16,7 @@ from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.inputs import HeldOut, load_held_out, load_train_prompts, total_steps
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.resume import SUMMARY
+from osft_mcore.train.scoring import open_scoring
 from osft_mcore.train.start import (
     build_actor,
     build_edge,
@@ -76,11 +76,7 @@ def open_loop(
     held_out = load_held_out(config, tokenizer)
     num_steps = total_steps(config, len(train.prompts))
     say_start(console, config, read_model_shape(config.model.path), num_steps=num_steps)
-    console.say(
-        f"data: {len(train.prompts)} prompts ({train.num_dropped_overlong} over "
-        f"{config.rollout.max_prompt_tokens} tokens dropped), {held_out.num_problems} held-out "
-        f"problems ({held_out.num_dropped_overlong} dropped)"
-    )
+    _say_data(console, config, train, held_out)
     point = find_resume_point(config, "train", num_steps, context, console)
     clock = Clock(point.seconds if point else None)
     with ExitStack() as stack:
@@ -97,7 +93,12 @@ def open_loop(
         )
         metrics = MetricsLog(folder, config.logging, as_options(config))
         stack.callback(metrics.close)
-        grader = stack.enter_context(build_grader(config)) if context.rank == 0 else None
+        scoring = stack.enter_context(
+            open_scoring(
+                config, context, engine, held_out, tokenizer,
+                folder=folder, metrics=metrics, console=console, clock=clock,
+            )
+        )  # fmt: skip
         restore_rng(point, context)
         yield OsftLoop(
             config=config,
@@ -107,7 +108,7 @@ def open_loop(
             actor=actor,
             engine=engine,
             sync=sync,
-            evaluator=_evaluator(config, engine, held_out, tokenizer, grader),
+            scoring=scoring,
             folder=folder,
             metrics=metrics,
             console=console,
@@ -115,6 +116,14 @@ def open_loop(
             edge=build_edge(config, "train", num_steps, actor, clock, console, point),
             decode=tokenizer.decode,
         )
+
+
+def _say_data(console: Console, config: RunConfig, train: Problems, held_out: HeldOut) -> None:
+    console.say(
+        f"data: {len(train.prompts)} prompts ({train.num_dropped_overlong} over "
+        f"{config.rollout.max_prompt_tokens} tokens dropped), {held_out.num_problems} held-out "
+        f"problems ({held_out.num_dropped_overlong} dropped)"
+    )
 
 
 def _say_deliveries(console: Console, sync: WeightSync) -> None:
@@ -131,11 +140,6 @@ def _say_push(console: Console, push: PushReport) -> None:
         f"first push: {push.seconds:.2f} s; received {received} (the least possible: {least}), "
         f"copied {local} within ranks, shared {aliased}; buffers {buffers}"
     )
-
-
-def build_grader(config: RunConfig) -> Grader:
-    """The grader of the one rank that grades; its workers start when they are first needed."""
-    return Grader(config.evaluation.grader_workers, config.evaluation.grader_timeout_s)
 
 
 def build_sync(
@@ -162,25 +166,4 @@ def build_sync(
         config.sync,
         alias_forbidden=alias_forbidden(config.sync, config.rollout, config.train),
         version=version,
-    )
-
-
-def _evaluator(
-    config: RunConfig,
-    engine: RolloutEngine,
-    held_out: HeldOut,
-    tokenizer: ChatTokenizer,
-    grader: Grader | None,
-) -> Evaluator | None:
-    if not held_out.by_source:
-        return None
-    return Evaluator(
-        engine,
-        held_out.by_source,
-        tokenizer.decode,
-        grader,
-        num_samples=config.evaluation.num_samples,
-        top_p=config.evaluation.top_p,
-        max_tokens=config.rollout.max_response_tokens,
-        seed=config.seed,
     )

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from osft_mcore.config.model_shape import read_model_shape
+from osft_mcore.config.phases import reads_training_data, scores, trains
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
 from osft_mcore.errors import ConfigError, OsftError, WeightError
@@ -12,6 +14,7 @@ from osft_mcore.log.lock import lock_refusal
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.topology import topology_of
 from osft_mcore.parallel.world import job_id
+from osft_mcore.train.earlier import batches_of, check_earlier, check_pass_left
 from osft_mcore.train.inputs import (
     load_held_out,
     load_sft_examples,
@@ -38,18 +41,24 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
     the same answer on every rank that sees the same files.
     """
     point: list[ResumePoint | None] = []
-    steps: list[Callable[[], None]] = [
+    steps: list[Callable[[], object]] = [
         lambda: _check_output_dir(config),
-        lambda: point.append(resume_point(config, phase, problems_by_size, candidates(config))),
     ]
+    if trains(phase):
+        steps.append(
+            lambda: point.append(resume_point(config, phase, problems_by_size, candidates(config)))
+        )
     if phase == "train":
         steps.append(lambda: _check_weight_plan(config))
     if config.model.init == "pretrained":
         # A run that goes on takes its weights from the checkpoint.
         steps.append(lambda: None if any(point) else _check_weights(config.model.path))
-    if config.algorithm.kl_coef > 0 and config.algorithm.reference:
+    if trains(phase) and config.algorithm.kl_coef > 0 and config.algorithm.reference:
         folder = config.algorithm.reference
         steps.append(lambda: _check_weights(folder, option="algorithm.reference"))
+    if not trains(phase):
+        # After the weights: it tells them from others.
+        steps.append(partial(check_earlier, config, phase))
     errors = [error for step in steps if (error := _error_of(step)) is not None]
     try:
         tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
@@ -62,6 +71,10 @@ def _data_errors(
     config: RunConfig, phase: Phase, tokenizer: ChatTokenizer, point: Sequence[ResumePoint | None]
 ) -> list[OsftError]:
     def load_train() -> None:
+        if phase == "generate":
+            prompts = load_train_prompts(config, tokenizer).prompts
+            check_pass_left(config, len(batches_of(config, prompts)))
+            return
         if phase == "train":
             num_items = len(load_train_prompts(config, tokenizer).prompts)
         else:
@@ -72,14 +85,15 @@ def _data_errors(
             check_work_left(config, num_steps, point[0])
 
     def load_evaluation() -> None:
-        if phase == "train":
-            load_held_out(config, tokenizer)
+        load_held_out(config, tokenizer)
 
-    found = (_error_of(load) for load in (load_train, load_evaluation))
+    loads = [load_train] if reads_training_data(phase) else []
+    loads += [load_evaluation] if scores(phase) else []
+    found = (_error_of(load) for load in loads)
     return [error for error in found if error is not None]
 
 
-def _error_of(step: Callable[[], None]) -> OsftError | None:
+def _error_of(step: Callable[[], object]) -> OsftError | None:
     try:
         step()
     except OsftError as error:

@@ -1,8 +1,9 @@
 """The beginning of a run and its end: actor, folder, what the console says, the final model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from osft_mcore.actor.actor import Actor
@@ -14,6 +15,7 @@ from osft_mcore.checkpoint.manifest import problems_of, replace_member
 from osft_mcore.checkpoint.model_card import model_card, read_provenance
 from osft_mcore.config.load import to_yaml
 from osft_mcore.config.model_shape import ModelShape, read_model_shape
+from osft_mcore.config.phases import trains
 from osft_mcore.config.schema import Phase, RunConfig, TrainConfig
 from osft_mcore.errors import CheckpointError, ConfigError
 from osft_mcore.log.console import Console
@@ -143,10 +145,14 @@ def open_folder(
     data_files: Sequence[str],
     point: ResumePoint | None,
     num_steps: int,
+    *,
+    keep: bool = False,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[RunFolder]:
     """The run folder, locked, with config.yaml and manifest.json. Collective over the world.
 
-    What it holds about steps after `point` is forgotten. Raises ConfigError on every rank if
+    What it holds about steps after `point` is forgotten; `keep`: without a point nothing is.
+    `extra` goes into the manifest. Raises ConfigError on every rank if
     another run uses the folder.
     """
     folder = RunFolder(config.output_dir, writer=context.rank == 0)
@@ -160,9 +166,12 @@ def open_folder(
                 folder.create()
                 if note := stack.enter_context(run_lock(folder.path, job_id=job_id())):
                     console.say(note)
-                details = _make_way(config, folder, console, point, num_steps)
-                kernels = {kernel.part: kernel.choice for kernel in kernels_in_use(installed())}
-                details |= {"kernels": kernels, **data_hashes(data_files)}
+                details = {} if keep else _make_way(config, folder, console, point, num_steps)
+                if trains(phase):
+                    # Of the actor, which the others have not.
+                    used = kernels_in_use(installed())
+                    details["kernels"] = {kernel.part: kernel.choice for kernel in used}
+                details |= {**extra, **data_hashes(data_files)}
                 folder.write_text("config.yaml", to_yaml(config))
                 size = context.topology.world_size
                 made = manifest(seed=config.seed, world_size=size, details=details)

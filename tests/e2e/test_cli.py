@@ -40,6 +40,21 @@ def test_a_dry_run_of_a_preset_needs_no_model_and_no_data(
         assert f"'{file}'" in absent
 
 
+@pytest.mark.parametrize(
+    ("phase", "line"),
+    [
+        ("generate", "answers a batch  512 = 512 * 1  train.prompts_per_step"),
+        ("evaluate", "temperatures       4"),
+    ],
+)
+def test_a_dry_run_that_samples_only(phase: str, line: str, tmp_path: Path) -> None:
+    result = forked([phase, "--dry-run", "experiment=arithmetic_osft"], tmp_path)
+    assert (result.code, result.err) == (0, "")
+    assert line in result.out
+    assert ("data.train" in result.out.split("# Not here")[1]) == (phase == "generate")
+    assert ("evaluation.files" in result.out.split("# Not here")[1]) == (phase == "evaluate")
+
+
 def test_a_dry_run_still_refuses_what_cannot_work(tmp_path: Path) -> None:
     result = forked(
         ["train", "--dry-run", f"experiment={PRESETS[0]}", "rollout.tp=3", "train.lr=-1"], tmp_path

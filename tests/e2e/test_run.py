@@ -19,7 +19,7 @@ import torch
 import transformers
 from engines_vllm import bare_loop, join, random_prompts, run_config, start_engine
 from models import save_random_model
-from program import children, no_process_left, outcome, read_until, started
+from program import children, forked, no_process_left, outcome, read_until, started
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -28,6 +28,7 @@ from osft_mcore.config.check import check
 from osft_mcore.config.load import load_config
 from osft_mcore.config.schema import SyncConfig, TrainConfig
 from osft_mcore.data.arithmetic import PROBLEM_SCHEMA, ArithmeticTask, TinyModel, write_arithmetic
+from osft_mcore.data.solutions import convert_solutions
 from osft_mcore.errors import AgreementError
 from osft_mcore.model.kernels import installed, kernel_lines, kernels_in_use
 from osft_mcore.parallel.topology import Topology
@@ -61,6 +62,10 @@ OSFT = [
     "evaluation.files=[data/eval.parquet,data/seen.parquet]", "evaluation.every=2",
     f"evaluation.num_samples={NUM_SAMPLES}", "evaluation.baseline_temperatures=[0]",
     "checkpoint.every=2",
+]  # fmt: skip
+OFFLINE = [
+    *SHARED, "output_dir=offline", "model.path=sft/hf", "data.train=solutions.parquet",
+    "train.steps=1", "train.micro_batch_size=1", "train.lr=3e-4",
 ]  # fmt: skip
 Json = dict[str, Any]
 
@@ -182,6 +187,67 @@ def test_kept_answers_are_graded_against_the_ground_truth(runs: Runs) -> None:
         for answer in answers:
             box = re.findall(r"\\boxed\{(\d+)\}", answer["text"])
             assert answer["correct"] == (box[-1:] == [answer["ground_truth"]]), answer
+
+
+def test_answers_given_once_are_those_of_the_first_step(runs: Runs) -> None:
+    """osft generate, the converter, and osft sft on what came of it."""
+    root = runs.root
+    with no_process_left():
+        result = outcome(started(["generate", *OSFT, "output_dir=solutions"], root))
+    assert (result.code, result.err) == (0, ""), result
+    assert "generate 1/1  response_length_mean" in result.out
+    rows = json_lines(root / "solutions" / "solutions.jsonl")
+    sampled = json_lines(runs.osft / "rollouts" / "step_1.jsonl")
+    assert len(rows) == TASK.num_train
+    names = ("prompt_id", "sample", "response", "response_token_ids", "truncated")
+    # The same starting weights, read without an actor.
+    assert [[row[n] for n in names] for row in rows] == [[row[n] for n in names] for row in sampled]
+    questions = pq.read_table(root / "data" / "train.parquet").to_pylist()
+    for row in rows:
+        asked = questions[row["row"]]
+        assert (row["prompt"], row["tau_sample"]) == (asked["prompt"], 0.6)
+        assert row["ground_truth"] == asked["reward_model"]["ground_truth"]
+    summary = json.loads((root / "solutions" / "summary.json").read_text())
+    assert (summary["batches"], summary["prompts"], summary["answers"]) == (1, 16, 16)
+    cut_off = sum(row["truncated"] for row in rows)
+    assert summary["cut_off_ratio"] == cut_off / 16
+    assert summary["response_tokens"] == sum(len(row["response_token_ids"]) for row in rows)
+
+    done = convert_solutions(
+        root / "solutions" / "solutions.jsonl", root / "solutions.parquet", truncated="keep"
+    )
+    offline = [
+        *OFFLINE, "data.prompt_key=prompt_token_ids", "data.response_key=response_token_ids",
+        f"train.prompts_per_step={done.num_train}", f"train.prompts_per_update={done.num_train}",
+    ]  # fmt: skip
+    result = outcome(started(["sft", *offline], root))
+    assert (result.code, result.err) == (0, ""), result
+    [record] = json_lines(root / "offline" / "metrics.jsonl")
+    assert record["loss/num_tokens"] == done.num_train_tokens
+
+
+def test_a_model_is_scored_alone_as_a_run_scores_its_start(runs: Runs) -> None:
+    command = ["evaluate", *OSFT, "output_dir=scores"]
+    result = outcome(started(command, runs.root))
+    assert (result.code, result.err) == (0, ""), result
+    scores, folder = runs.summary, runs.root / "scores"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["pass_at_1"] == scores["base_pass_at_1"]
+    assert summary["pass_at_1_by_temperature"] == scores["base_pass_at_1_by_temperature"]
+    assert summary["best_temperature"] == scores["base_best_temperature"]
+    low, high = summary["pass_at_1_ci95"]
+    assert 0 <= low <= summary["pass_at_1"] <= high <= 1
+    for name in ("step_0_temperature_1.jsonl", "step_0_temperature_0.jsonl"):
+        kept = json_lines(folder / "evaluations" / name)
+        assert kept == json_lines(runs.osft / "evaluations" / name)
+    theirs = json_lines(runs.osft / "evaluations.jsonl")
+    assert json_lines(folder / "evaluations.jsonl") == [r for r in theirs if r["step"] == 0]
+    again = forked(command, runs.root)
+    assert again.code == 86
+    assert "to score anew choose another output_dir" in again.err
+    other = forked([*command, "model.path=osft/hf"], runs.root)
+    assert other.code == 2
+    assert "model.path: 'sft/hf' -> 'osft/hf'" in other.err
 
 
 INTERRUPTED = [*OSFT, "output_dir=interrupted", "checkpoint.every=1"]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from osft_mcore.data.arithmetic import TinyModel, write_model_folder
-from osft_mcore.data.tokenizer import Message, load_tokenizer
+from osft_mcore.data.tokenizer import load_tokenizer
 from osft_mcore.errors import ConfigError
+from osft_mcore.records import Message
 
 QUESTION = [Message(role="user", content="12+7=?")]
 

@@ -131,7 +131,7 @@ def test_a_start_reports_a_reference_that_is_absent_or_does_not_fit(
     [problem] = found_by_check(model, *absent)
     assert problem.startswith("algorithm.reference: no config.json in ")
     assert found_by_check(model, *absent, need_files=False) == []
-    assert problem in absent_files(load_config(absent))
+    assert problem in absent_files(load_config(absent), "train")
     other = changed(model, tmp_path / "other", vocab_size=99)
     [problem] = found_by_check(model, KL, f"algorithm.reference='{other}'")
     assert problem.startswith("algorithm.reference: vocab is 99, expected 67")

@@ -207,7 +207,9 @@ def test_a_budget_of_tokens_needs_global_normalization_and_equal_ranks(options: 
 
 def test_a_dry_run_reports_a_checkpoint_that_is_not_here(options: list[str]) -> None:
     config = load_config([*options, "checkpoint.resume=gone"])
-    assert [line.split(" is ")[0] for line in absent_files(config)] == ["checkpoint.resume: 'gone'"]
+    assert [line.split(" is ")[0] for line in absent_files(config, "train")] == [
+        "checkpoint.resume: 'gone'"
+    ]
     check(config, world_size=1, phase="train", device="cpu", need_files=False)
 
 
@@ -589,3 +591,33 @@ def test_a_head_dim_that_vllm_would_ignore(options: list[str]) -> None:
     assert "head_dim is 64" in problem
     assert "model.path" in problem
     assert problems_of(options, shape=shape_with(model_type="llama", head_dim=64)) == []
+
+
+@pytest.mark.parametrize("phase", ["generate", "evaluate"])
+def test_what_only_training_needs_does_not_stop_a_run_that_only_samples(
+    phase: Phase, options: list[str]
+) -> None:
+    more = [
+        "train.prompts_per_update=7", "algorithm.entropy_coef=2", "evaluation.every=3",
+        "evaluation.files=[]" if phase == "generate" else "data.train=gone",
+        "algorithm.kl_coef=0.1", "algorithm.reference=gone",
+    ]  # fmt: skip
+    assert problems_of(options, *more, phase=phase) == []
+    # They are what a training run is stopped by.
+    assert len(problems_of(options, *more, phase="train")) >= 4
+
+
+def test_what_a_run_that_only_samples_needs(options: list[str]) -> None:
+    [problem] = problems_of(options, "evaluation.files=[]", phase="evaluate")
+    assert problem.startswith("evaluation.files: not set")
+    [problem] = problems_of(options, "data.train=gone", phase="generate")
+    assert problem.startswith("data.train: 'gone' is not a file")
+    [problem] = problems_of(options, "rollout.annealing.mode=linear", phase="generate")
+    assert problem.startswith("rollout.annealing.mode: found 'linear', but osft generate")
+    assert problems_of(options, "rollout.annealing.mode=linear", phase="evaluate") == []
+    folder = options[0].split("=")[1]
+    for phase in ("generate", "evaluate"):
+        [problem] = problems_of(options, f"checkpoint.resume={folder}", phase=phase)
+        assert problem.startswith("checkpoint.resume: found")
+        problem = problems_of(options, "rollout.tp=3", phase=phase)[0]
+        assert problem.startswith("rollout.tp: 3 does not divide the world")

@@ -33,6 +33,7 @@ def load(tokenizer: ChatTokenizer, tmp_path: Path) -> Load:
             "system_prompt": "",
             "prompt_suffix": "",
             "max_tokens": 1000,
+            "vocab": 67,
         }
         return load_examples(file, tokenizer, **(defaults | options))
 
@@ -98,3 +99,46 @@ def test_files_without_the_needed_columns(
 def test_columns_under_other_names(load: Load) -> None:
     data = load([{"q": "1", "a": "2"}], prompt_key="q", response_key="a")
     assert len(data.examples) == 1
+
+
+IDS = {"prompt_key": "p", "response_key": "r", "vocab": 20}
+
+
+def test_token_ids_are_taken_as_they_are(load: Load, tokenizer: ChatTokenizer) -> None:
+    end = tokenizer.response_eos_id
+    rows = [{"p": [5, 6], "r": [7, 8]}, {"p": [5], "r": [7, end]}]
+    examples = load(rows, **IDS).examples
+    found = [(example.prompt_token_ids, example.response_token_ids) for example in examples]
+    assert found == [((5, 6), (7, 8)), ((5,), (7, end))]
+    # A text prompt may stand beside them.
+    (example,) = load([{"p": "1+2=?", "r": [7, 8]}], prompt_suffix=" go", **IDS).examples
+    assert tokenizer.decode(example.prompt_token_ids) == "1+2=? go\n"
+    assert example.response_token_ids == (7, 8)
+
+
+def test_token_ids_that_the_model_does_not_have(load: Load, tokenizer: ChatTokenizer) -> None:
+    end = tokenizer.response_eos_id
+    rows = [
+        {"p": [5], "r": [19]},
+        {"p": [5], "r": [20]},
+        {"p": [-1], "r": [5]},
+        {"p": [5], "r": []},
+        {"p": [], "r": [5]},
+        {"p": [5], "r": [end, 5]},
+        {"p": [5], "r": [None]},
+    ]
+    with pytest.raises(DataError, match=r"6 of 7 rows cannot be used") as caught:
+        load(rows, **IDS)
+    for part in (
+        "row 1: token id 20, which the model does not have (vocab_size 20)", "row 2: token id -1",
+        "row 3: no response", "row 4: no prompt", "row 5: an end-of-answer token", "and 1 more",
+    ):  # fmt: skip
+        assert part in str(caught.value)
+    with pytest.raises(DataError, match="row 1: token id None"):
+        load([{"p": [5], "r": [5]}, {"p": [5], "r": [5, None]}], **IDS)
+
+
+@pytest.mark.parametrize("option", ["system_prompt", "prompt_suffix"])
+def test_nothing_is_added_to_token_ids(option: str, load: Load) -> None:
+    with pytest.raises(DataError, match=r"'p' holds token ids, to which data\.system_prompt and"):
+        load([{"p": [5], "r": [5]}], **IDS, **{option: "x"})
