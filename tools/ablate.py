@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ablation.plan import METHODS, plan, summary_of
+from ablation.plan import METHODS, base_scores, plan, summary_of
 from ablation.run import JobFailed, run_jobs
 from ablation.table import T_975, report
 
@@ -42,7 +42,7 @@ def main() -> int:
     except JobFailed as error:
         print(error, file=sys.stderr)
         return 1
-    base = _read(out / "sft" / "scored" / "summary.json")["pass_at_1_by_temperature"]
+    base = _read(base_scores(out))["pass_at_1_by_temperature"]
     scores = {
         method: [
             _read(summary_of(out, method, seed))[

@@ -38,7 +38,8 @@ class Job:
 
 def plan(out: Path, *, seeds: Sequence[int], steps: int) -> list[Job]:
     """All jobs, in an order in which each finds what it needs."""
-    jobs = [*_starting_model(out), _score(out, "base", out / "sft" / "hf", seed=1, baselines=True)]
+    base = _score(out, "base", out / "sft" / "hf", base_scores(out), seed=1, baselines=True)
+    jobs = [*_starting_model(out), base]
     for seed in seeds:
         for method, changes in ONLINE.items():
             jobs.append(_online(out, method, changes, seed=seed, steps=steps))
@@ -49,7 +50,12 @@ def plan(out: Path, *, seeds: Sequence[int], steps: int) -> list[Job]:
 def summary_of(out: Path, method: str, seed: int) -> Path:
     """Where the score of a method's run is."""
     folder = out / _folder(method, seed)
-    return (folder / "scored" if method == OFFLINE else folder) / "summary.json"
+    return (folder / "score" if method == OFFLINE else folder) / "summary.json"
+
+
+def base_scores(out: Path) -> Path:
+    """Where the scores of the starting model are."""
+    return out / "base" / "summary.json"
 
 
 def _folder(method: str, seed: int) -> str:
@@ -155,21 +161,28 @@ def _offline(out: Path, *, seed: int, steps: int) -> list[Job]:
                 "osft",
                 "sft",
                 *common,
-                f"output_dir={folder}",
+                f"output_dir={folder}/run",
                 f"model.path={out}/sft/hf",
                 f"data.train={folder}/sft.parquet",
                 "data.prompt_key=prompt_token_ids",
                 "data.response_key=response_token_ids",
                 "evaluation.files=[]",
             ),
-            result=folder / "summary.json",
+            result=folder / "run" / "summary.json",
         ),
-        _score(out, f"{OFFLINE}, seed {seed}: score", folder / "hf", seed=seed),
+        _score(
+            out,
+            f"{OFFLINE}, seed {seed}: score",
+            folder / "run" / "hf",
+            summary_of(out, OFFLINE, seed),
+            seed=seed,
+        ),
     ]
 
 
-def _score(out: Path, name: str, model: Path, *, seed: int, baselines: bool = False) -> Job:
-    folder = model.parent / "scored"
+def _score(
+    out: Path, name: str, model: Path, result: Path, *, seed: int, baselines: bool = False
+) -> Job:
     others = ("evaluation.baseline_temperatures=[0,0.3,0.6]",) if baselines else ()
     return Job(
         name=name,
@@ -177,11 +190,12 @@ def _score(out: Path, name: str, model: Path, *, seed: int, baselines: bool = Fa
             "osft",
             "evaluate",
             f"experiment={EXPERIMENT}",
-            f"output_dir={folder}",
+            f"output_dir={result.parent}",
             f"model.path={model}",
             *_inputs(out),
             f"seed={seed}",
+            "evaluation.before=true",
             *others,
         ),
-        result=folder / "summary.json",
+        result=result,
     )
