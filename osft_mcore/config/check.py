@@ -44,7 +44,7 @@ def check(
         *_unset(config, phase),
         *(_absent_inputs(config) if need_files else ()),
         *_world(config, world_size),
-        *batch_problems(config, phase),
+        *batch_problems(config, phase, device),
         *_optional_parts(config, phase),
         *algorithm_problems(config.algorithm, samples=samples),
     ]

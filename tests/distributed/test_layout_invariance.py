@@ -15,6 +15,7 @@ from osft_mcore.config.schema import (
     AlgorithmConfig,
     ModelConfig,
     ParallelConfig,
+    Recompute,
     RunConfig,
     TrainConfig,
 )
@@ -63,6 +64,7 @@ def train(
     layout: Layout,
     algorithm: AlgorithmConfig,
     max_tokens: int | None,
+    recompute: Recompute,
     **parallel: Any,
 ) -> list[tuple[float, float, float, float]]:
     tp, pp, vpp, dp, micro_batch_size = layout
@@ -74,6 +76,7 @@ def train(
             lr=LR,
             micro_batch_size=micro_batch_size,
             max_tokens_per_micro_batch=max_tokens,
+            recompute=recompute,
             clip_grad=0.5,
         ),
         algorithm=algorithm,
@@ -91,6 +94,7 @@ def run(
     layout: Layout,
     algorithm: AlgorithmConfig | None = None,
     max_tokens: int | None = None,
+    recompute: Recompute = "none",
     **parallel: Any,
 ) -> tuple[list[tuple[float, ...]], dict[str, torch.Tensor]]:
     tp, pp, _, dp, _ = layout
@@ -102,6 +106,7 @@ def run(
         layout=layout,
         algorithm=algorithm or AlgorithmConfig(),
         max_tokens=max_tokens,
+        recompute=recompute,
         **parallel,
     )
     assert all(part == by_rank[0] for part in by_rank), "every rank reports the same figures"
@@ -168,14 +173,15 @@ def test_switches_change_nothing(
 @pytest.mark.parametrize(
     ("layout", "options"),
     [((1, 1, 1, 1, 4), {}),
-     ((2, 1, 1, 2, 4), {"sequence_parallel": True}),
+     ((2, 1, 1, 2, 4), {"sequence_parallel": True, "recompute": "full"}),
      ((1, 2, 1, 2, 4), {}),
-     ((1, 2, 2, 2, 4), {})],
-    ids=["one", "tp2_sp_dp2", "pp2_dp2", "pp2_vpp2_dp2"],
+     ((1, 2, 2, 2, 4), {"recompute": "selective"})],
+    ids=["one", "tp2_sp_dp2_full", "pp2_dp2", "pp2_vpp2_dp2_selective"],
 )  # fmt: skip
 def test_micro_batches_by_tokens_change_nothing(
-    model: Path, reference: Any, tmp_path: Path, layout: Layout, options: dict[str, bool]
+    model: Path, reference: Any, tmp_path: Path, layout: Layout, options: dict[str, Any]
 ) -> None:
+    """Packed sequences against padded ones."""
     # Little more than the longest has: several micro-batches, of different sizes, on each rank.
     assert_same(run(model, tmp_path / "hf", layout, max_tokens=24, **options), reference)
 
