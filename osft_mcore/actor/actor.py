@@ -207,6 +207,11 @@ class Actor:
     def num_updates(self, value: int) -> None:
         set_adam_step(self.optimizer, value)
 
+    @property
+    def _packed(self) -> bool:
+        """Whether the sequences of a micro-batch lie end to end, instead of one in a row."""
+        return self.train.max_tokens_per_micro_batch is not None
+
     def _split(self, examples: Sequence[Example]) -> Split:
         train, topology = self.train, self.context.topology
         if train.max_tokens_per_micro_batch is None:
@@ -229,7 +234,9 @@ class Actor:
             parts,
             self.context,
             grad_norm=grad_norm,
-            padding=padding_share(lengths, split, pad_to_multiple=self.pad_to_multiple),
+            padding=padding_share(
+                lengths, split, packed=self._packed, pad_to_multiple=self.pad_to_multiple
+            ),
             with_kl=self.reference is not None,
         )
 
@@ -245,6 +252,7 @@ class Actor:
             examples,
             split,
             dp_rank=self.context.coordinates.dp_rank,
+            packed=self._packed,
             pad_to_multiple=self.pad_to_multiple,
             algorithm=self.algorithm,
             max_response_tokens=self.max_response_tokens,
@@ -268,8 +276,7 @@ class Actor:
         self, batches: Iterator[MicroBatch], model: Any, *, taus: "_Temperatures"
     ) -> tuple[Tensor, Any]:
         batch = next(batches).to(self.context.device)
-        hidden = model(batch.tokens_BS, batch.positions_BS, None)
-        return hidden, partial(self._loss, batch, taus)
+        return batch.forward(model), partial(self._loss, batch, taus)
 
     def _loss(
         self, batch: MicroBatch, taus: "_Temperatures", hidden_BSH: Tensor

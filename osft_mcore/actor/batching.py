@@ -1,15 +1,19 @@
 """From examples to micro-batches of tensors; pure, the same on every rank.
 
-Shape suffixes: B sequences, S positions, T response tokens of the micro-batch.
+Shape suffixes: B rows, S positions of a row, T response tokens of the micro-batch. A row is a
+sequence, padded on the right, or all of them, packed end to end.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from osft_mcore.actor.splitting import Split, padded
+from osft_mcore.actor.splitting import Split, num_positions
 from osft_mcore.config.schema import AlgorithmConfig
 from osft_mcore.loss.objectives import batch_weights
 from osft_mcore.records import Example
@@ -17,10 +21,12 @@ from osft_mcore.records import Example
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """One forward pass: right-padded sequences and the flat list of their response tokens."""
+    """One forward pass: sequences and the flat list of their response tokens."""
 
     tokens_BS: Tensor
-    positions_BS: Tensor
+    packed_lengths: tuple[int, ...]
+    """Of the sequences of the one row, with the padding at its end as the last; () if rows are
+    padded."""
     predictor_T: Tensor
     """Index into B*S of the position whose output predicts each response token."""
     targets_T: Tensor
@@ -34,7 +40,40 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`."""
-        return MicroBatch(**{name: getattr(self, name).to(device) for name in self.__slots__})
+        fields: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        tensors = {name: x for name, x in fields.items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in tensors.items()}
+        return replace(self, **moved)
+
+    def forward(self, model: Any) -> Tensor:
+        """What this rank's model chunk makes of the tokens, or of the stage before."""
+        # Rotary embeddings count positions themselves, from the start of a row or of a sequence in
+        # it; no mask: causal attention does not look at the padding on the right.
+        hidden: Tensor = model(
+            self.tokens_BS, None, None, packed_seq_params=self._packed_seq_params()
+        )
+        return hidden
+
+    def _packed_seq_params(self) -> PackedSeqParams | None:
+        """Where sequences begin, for Megatron-Core's rotary embedding and the core attention.
+
+        Transformer Engine's wants int32 on the device, and the longest as an int, which it would
+        else fetch from there. It takes `causal`, the layer's mask, for `padding_causal`. What no
+        sequence covers it leaves unwritten, NaN perhaps: hence the padding is a sequence.
+        """
+        if not self.packed_lengths:
+            return None
+        bounds = torch.tensor(
+            [0, *accumulate(self.packed_lengths)], dtype=torch.int32, device=self.tokens_BS.device
+        )
+        longest = max(self.packed_lengths)
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
 
 
 def micro_batches(
@@ -42,6 +81,7 @@ def micro_batches(
     split: Split,
     *,
     dp_rank: int,
+    packed: bool,
     pad_to_multiple: int,
     algorithm: AlgorithmConfig,
     max_response_tokens: int,
@@ -63,6 +103,7 @@ def micro_batches(
         collate(
             [examples[number] for number in groups[place]],
             weights[place],
+            packed=packed,
             pad_to_multiple=pad_to_multiple,
         )
         for place in range(first, first + len(split[dp_rank]))
@@ -74,29 +115,32 @@ def _num_trained(example: Example) -> int:
 
 
 def collate(
-    examples: Sequence[Example], weights: Sequence[float], *, pad_to_multiple: int
+    examples: Sequence[Example], weights: Sequence[float], *, packed: bool, pad_to_multiple: int
 ) -> MicroBatch:
-    """Pad on the right; causal attention then never looks at padding from a real token."""
-    width = padded(max(example.num_tokens for example in examples), pad_to_multiple)
-    tokens_BS = torch.zeros(len(examples), width, dtype=torch.long)
+    """Sequences end to end in one row, or each in a row of its own; padding on the right."""
+    lengths = [example.num_tokens for example in examples]
+    size = num_positions(lengths, packed=packed, pad_to_multiple=pad_to_multiple)
+    width = size // len(lengths)
+    starts = accumulate(lengths[:-1], initial=0) if packed else range(0, size, width)
+    tokens = torch.zeros(size, dtype=torch.long)
     predictors: list[int] = []
     targets: list[int] = []
     token_weights: list[float] = []
     logprobs: list[float] = []
     replicas: list[int] = []
-    for row, (example, weight) in enumerate(zip(examples, weights, strict=True)):
+    for start, example, weight in zip(starts, examples, weights, strict=True):
         ids = example.prompt_token_ids + example.response_token_ids
-        tokens_BS[row, : len(ids)] = torch.tensor(ids)
+        tokens[start : start + len(ids)] = torch.tensor(ids)
         num_prompt, num_response = len(example.prompt_token_ids), len(example.response_token_ids)
-        first = row * width + num_prompt - 1
+        first = start + num_prompt - 1
         predictors += range(first, first + num_response)
         targets += example.response_token_ids
         token_weights += [weight] * num_response
         logprobs += example.rollout_logprobs or [float("nan")] * num_response
         replicas += [example.replica] * num_response
     return MicroBatch(
-        tokens_BS=tokens_BS,
-        positions_BS=torch.arange(width).expand(len(examples), width).contiguous(),
+        tokens_BS=tokens.view(1, size) if packed else tokens.view(-1, width),
+        packed_lengths=(*lengths, *filter(None, [size - sum(lengths)])) if packed else (),
         predictor_T=torch.tensor(predictors),
         targets_T=torch.tensor(targets),
         weights_T=torch.tensor(token_weights, dtype=torch.float32),

@@ -92,8 +92,7 @@ class Reference:
         self, batches: Iterator[MicroBatch], model: Any, *, tau: float
     ) -> tuple[Tensor, Any]:
         batch = next(batches).to(self._context.device)
-        hidden = model(batch.tokens_BS, batch.positions_BS, None)
-        return hidden, partial(self._logprobs, batch, tau)
+        return batch.forward(model), partial(self._logprobs, batch, tau)
 
     def _logprobs(
         self, batch: MicroBatch, tau: float, hidden_BSH: Tensor

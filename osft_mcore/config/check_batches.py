@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 from osft_mcore.config.divide import divides, divisors, listed, nearest
 from osft_mcore.config.schema import Phase, RunConfig
@@ -13,7 +14,9 @@ def sequences_per_update(config: RunConfig, phase: Phase) -> int:
     return config.train.prompts_per_update * answers
 
 
-def batch_problems(config: RunConfig, phase: Phase) -> Iterator[str]:
+def batch_problems(
+    config: RunConfig, phase: Phase, device: Literal["cpu", "cuda"]
+) -> Iterator[str]:
     """One line for each; sizes below 1 are told elsewhere."""
     train = config.train
     if not divides(train.prompts_per_update, train.prompts_per_step):
@@ -25,6 +28,11 @@ def batch_problems(config: RunConfig, phase: Phase) -> Iterator[str]:
     yield from _unequal_ranks(config, phase)
     if train.max_tokens_per_micro_batch is not None:
         yield from _budget(config, train.max_tokens_per_micro_batch)
+        if device == "cuda" and config.model.dtype == "fp32":
+            yield (
+                "train.max_tokens_per_micro_batch: on a GPU there is no attention over packed "
+                "sequences in model.dtype=fp32; use bf16, or train.micro_batch_size"
+            )
 
 
 def _unequal_ranks(config: RunConfig, phase: Phase) -> Iterator[str]:

@@ -144,8 +144,8 @@ class TrainConfig:
     micro_batch_size: int = 4
     """Sequences per forward pass and data-parallel rank."""
     max_tokens_per_micro_batch: int | None = None
-    """Instead of micro_batch_size: sequences of like length share a forward pass, as many as fit
-    into this many tokens, padding included. Results are the same, padding is less."""
+    """Instead of micro_batch_size: sequences packed end to end share a forward pass, as many as fit
+    into this many tokens. Results are the same, without padding. On a GPU for bf16 only."""
     recompute: Recompute = "none"
     """Activations that the backward pass computes again instead of keeping them: of `selective` the
     MLPs, of `full` whole layers. Changes memory and speed, not results."""

@@ -69,10 +69,19 @@ def _train(
 ) -> Figures:
     tp, pp, vpp, dp, micro_batch_size = layout
     context = join_groups(Topology(tp=tp, pp=pp, dp=dp, vpp=vpp), device=torch.device("cpu"))
+    model_config = ModelConfig(
+        path=str(model), dtype="fp32", init=options.pop("init", "pretrained")
+    )
+    train = TrainConfig(
+        micro_batch_size=micro_batch_size,
+        max_tokens_per_micro_batch=options.pop("max_tokens", None),
+        weight_decay=0.0,
+        eps=1e-4,
+    )
     config = RunConfig(
-        model=ModelConfig(path=str(model), dtype="fp32", init=options.pop("init", "pretrained")),
+        model=model_config,
         parallel=ParallelConfig(tp=tp, pp=pp, dp=dp, vpp=vpp, **options),
-        train=TrainConfig(micro_batch_size=micro_batch_size, weight_decay=0.0, eps=1e-4),
+        train=train,
         algorithm=algorithm,
     )
     actor = build_actor(config, context)
@@ -114,11 +123,13 @@ def one_rank(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ((1, 1, 1, 2, 2), {}),
         ((2, 1, 1, 1, 2), {"sequence_parallel": True}),
         ((1, 2, 2, 1, 2), {}),
+        ((2, 1, 1, 1, 2), {"sequence_parallel": True, "max_tokens": 24}),
+        ((1, 2, 1, 1, 2), {"max_tokens": 24}),
     ],
-    ids=["micro2", "tp2", "pp2", "dp2", "tp2_sp", "pp2_vpp2"],
+    ids=["micro2", "tp2", "pp2", "dp2", "tp2_sp", "pp2_vpp2", "tp2_sp_tokens", "pp2_tokens"],
 )
 def test_updates_are_the_same_in_every_layout(
-    models: Any, one_rank: Any, tmp_path: Path, layout: Layout, options: dict[str, bool]
+    models: Any, one_rank: Any, tmp_path: Path, layout: Layout, options: dict[str, Any]
 ) -> None:
     figures, weights = run(models[0], tmp_path / "hf", layout, to_other(models), **options)
     for ours, theirs in zip(figures, one_rank[0], strict=True):

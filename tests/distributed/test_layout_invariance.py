@@ -172,12 +172,12 @@ def test_switches_change_nothing(
     ("layout", "sequence_parallel", "options"),
     [((1, 1, 1, 1, 4), False, {}),
      ((1, 1, 1, 1, 4), False, {"recompute": "selective", "offload": "optimizer"}),
-     ((2, 1, 1, 2, 4), True, {}),
+     ((2, 1, 1, 2, 4), True, {"recompute": "full"}),
      ((1, 2, 1, 2, 4), False, {"recompute": "full", "recompute_loss": True, "offload": "all"}),
-     ((1, 2, 2, 2, 4), False, {}),
+     ((1, 2, 2, 2, 4), False, {"recompute": "selective"}),
      # Everything that saves memory, over stages and chunks that are uneven where layers are.
      ((2, 2, 2, 1, 4), True, {"recompute": "full", "offload": "all"})],
-    ids=["one", "one_selective", "tp2_sp_dp2", "pp2_dp2_full", "pp2_vpp2_dp2",
+    ids=["one", "one_selective", "tp2_sp_dp2_full", "pp2_dp2_full", "pp2_vpp2_dp2_selective",
          "tp2_sp_pp2_vpp2_full"],
 )  # fmt: skip
 def test_micro_batches_by_tokens_change_nothing(
@@ -188,6 +188,7 @@ def test_micro_batches_by_tokens_change_nothing(
     sequence_parallel: bool,
     options: dict[str, Any],
 ) -> None:
+    """Packed sequences against padded ones."""
     # Little more than the longest has: several micro-batches, of different sizes, on each rank.
     options = {"max_tokens_per_micro_batch": 24, **options}
     found = run(

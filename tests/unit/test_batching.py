@@ -22,9 +22,9 @@ TWO = [
 
 
 def test_collate_by_hand() -> None:
-    batch = collate(TWO, [0.5, 0.0], pad_to_multiple=1)
+    batch = collate(TWO, [0.5, 0.0], packed=False, pad_to_multiple=1)
     assert batch.tokens_BS.tolist() == [[11, 12, 13, 21, 22], [14, 23, 24, 25, 0]]
-    assert batch.positions_BS.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert batch.packed_lengths == ()
     # Flat indices of the tokens 13, 21 and 14, 23, 24: each predicts the one after it.
     assert batch.predictor_T.tolist() == [2, 3, 5, 6, 7]
     assert batch.targets_T.tolist() == [21, 22, 23, 24, 25]
@@ -36,17 +36,36 @@ def test_collate_by_hand() -> None:
 
 @pytest.mark.parametrize(("multiple", "width"), [(1, 5), (2, 6), (4, 8), (5, 5), (8, 8)])
 def test_the_width_is_the_smallest_multiple_that_fits(multiple: int, width: int) -> None:
-    batch = collate(TWO, [0.5, 0.25], pad_to_multiple=multiple)
-    assert batch.tokens_BS.shape == batch.positions_BS.shape == (2, width)
+    batch = collate(TWO, [0.5, 0.25], packed=False, pad_to_multiple=multiple)
+    assert batch.tokens_BS.shape == (2, width)
     assert (batch.tokens_BS[0, 5:] == 0).all()
     tokens, following = batch.tokens_BS.flatten(), batch.predictor_T + 1
     assert tokens[batch.predictor_T].tolist() == [13, 21, 14, 23, 24]
     assert torch.equal(tokens[following], batch.targets_T)
 
 
-def test_to_moves_every_field() -> None:
-    moved = collate(TWO, [0.5, 0.25], pad_to_multiple=1).to(torch.device("meta"))
-    assert all(getattr(moved, name).device.type == "meta" for name in MicroBatch.__slots__)
+@pytest.mark.parametrize(
+    ("multiple", "lengths"), [(1, (5, 4)), (2, (5, 4, 1)), (3, (5, 4)), (4, (5, 4, 3))]
+)
+def test_packed_by_hand(multiple: int, lengths: tuple[int, ...]) -> None:
+    """The padding at the end is the last sequence, so that attention and rope cover it."""
+    batch = collate(TWO, [0.5, 0.0], packed=True, pad_to_multiple=multiple)
+    padding = sum(lengths) - 9
+    assert batch.tokens_BS.tolist() == [[11, 12, 13, 21, 22, 14, 23, 24, 25, *[0] * padding]]
+    assert batch.packed_lengths == lengths
+    assert batch.predictor_T.tolist() == [2, 3, 5, 6, 7]
+    padded = collate(TWO, [0.5, 0.0], packed=False, pad_to_multiple=1)
+    assert torch.equal(batch.targets_T, padded.targets_T)
+    assert torch.equal(batch.weights_T, padded.weights_T)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_to_moves_every_tensor(packed: bool) -> None:
+    batch = collate(TWO, [0.5, 0.25], packed=packed, pad_to_multiple=1)
+    moved = batch.to(torch.device("meta"))
+    assert moved.packed_lengths == batch.packed_lengths
+    tensors = set(MicroBatch.__slots__) - {"packed_lengths"}
+    assert all(getattr(moved, name).device.type == "meta" for name in tensors)
 
 
 def numbered_examples(num: int) -> list[Example]:
@@ -68,6 +87,7 @@ def all_ranks(
             examples,
             split,
             dp_rank=dp_rank,
+            packed=False,
             pad_to_multiple=2,
             algorithm=algorithm,
             max_response_tokens=16,

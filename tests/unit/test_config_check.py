@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import assume, given, settings
@@ -54,13 +55,14 @@ def problems_of(
     world_size: int | None = None,
     phase: Phase = "train",
     shape: ModelShape | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> list[str]:
     try:
         check(
             load_config([*options, *more]),
             world_size=world_size,
             phase=phase,
-            device="cpu",
+            device=device,
             shape=shape,
         )
     except ConfigError as error:
@@ -203,6 +205,15 @@ def test_a_budget_of_tokens_needs_global_normalization_and_equal_ranks(options: 
     assert "64 * 1 = 64 sequences, not a multiple of parallel.dp = 3; " in problems[0]
     assert "train.micro_batch_size that works" not in problems[0]
     assert problems[1].startswith("algorithm.normalization: per_microbatch depends on which seq")
+
+
+def test_a_budget_of_tokens_is_for_bf16_on_a_gpu(options: list[str]) -> None:
+    budget = "train.max_tokens_per_micro_batch=4096"
+    (problem,) = problems_of(options, budget, "model.dtype=fp32", device="cuda")
+    assert problem.startswith("train.max_tokens_per_micro_batch: on a GPU there is no attention")
+    assert problems_of(options, budget, "model.dtype=bf16", device="cuda") == []
+    assert problems_of(options, "model.dtype=fp32", device="cuda") == []
+    assert problems_of(options, budget, "model.dtype=fp32", device="cpu") == []
 
 
 def test_a_dry_run_reports_a_checkpoint_that_is_not_here(options: list[str]) -> None:
