@@ -107,8 +107,12 @@ def conflicts(
 
 
 def changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Options that differ from the saved ones and may: `name: before -> now`, one line each."""
-    before, now = dict(_leaves(saved)), dict(_leaves(as_options(config)))
+    """Options that differ from the saved ones and may: `name: before -> now`, one line each.
+
+    One that did not exist when they were saved had what is the default now.
+    """
+    now = dict(_leaves(as_options(config)))
+    before = dict(_leaves(as_options(RunConfig()))) | dict(_leaves(saved))
     return [
         f"{name}: {_short(before.get(name))} -> {_short(now.get(name))}"
         for name in (*now, *(name for name in before if name not in now))

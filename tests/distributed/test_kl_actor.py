@@ -1,6 +1,5 @@
 """An actor with a KL penalty: against transformers, over layouts, and what the penalty does."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from test_kl import plain_kl
 from test_training_oracle import random_examples, response_logprobs
+from token_examples import token_examples
 from torch import Tensor
 
 from osft_mcore.actor.export import export_hf
@@ -46,16 +46,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return start, save_random_model(other, layers=4, tied=True, seed=7)
 
 
-def examples(num: int, vocab: int) -> list[Example]:
-    rng = random.Random(3)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(vocab) for _ in range(rng.randint(low, high)))
-
-    return [
-        Example(prompt_token_ids=ids(1, 6), response_token_ids=ids(1, 12), trained=i % 5 != 4)
-        for i in range(num)
-    ]
+def batch_of(vocab: int) -> list[Example]:
+    return token_examples(NUM_EXAMPLES, vocab, seed=3, untrained_every=5)
 
 
 def _train(
@@ -85,7 +77,7 @@ def _train(
         algorithm=algorithm,
     )
     actor = build_actor(config, context)
-    batch = examples(NUM_EXAMPLES, actor.shape.vocab)
+    batch = batch_of(actor.shape.vocab)
     results = [actor.update(batch, tau_sample=0.6, lr=lr) for _ in range(NUM_STEPS)]
     export_hf(actor, out, max_shard_bytes=2**30, bucket_bytes=2**12)
     assert all(result.kl is not None for result in results) == (algorithm.kl_coef > 0)
@@ -147,7 +139,7 @@ def plain_update(models: tuple[Path, Path]) -> tuple[float, float, float]:
         )
         for folder in models
     )
-    trained = [e for e in examples(NUM_EXAMPLES, ours.config.vocab_size) if e.trained]
+    trained = [e for e in batch_of(ours.config.vocab_size) if e.trained]
     logprobs_T = torch.cat([response_logprobs(ours, example, TAU) for example in trained])
     with torch.no_grad():
         reference_T = torch.cat([response_logprobs(theirs, example, TAU) for example in trained])
@@ -199,7 +191,7 @@ def _push_away(_rank: int, model: Path, coefs: tuple[float, ...]) -> list[tuple[
         )
         actor = build_actor(config, context)
         start = {name: tensor.clone() for name, tensor in actor.parameters().items()}
-        batch = examples(NUM_EXAMPLES, actor.shape.vocab)
+        batch = batch_of(actor.shape.vocab)
         for _ in range(12):
             actor.update(batch, tau_sample=1.0, lr=1e-3)
         moved = [(p - start[name]).square().sum() for name, p in actor.parameters().items()]

@@ -1,6 +1,5 @@
 """The law of the project: results do not depend on the parallel layout."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from models import save_random_model
 from ranks import run_ranks
 from safetensors.torch import load_file
+from token_examples import token_examples
 
 from osft_mcore.actor.export import export_hf
 from osft_mcore.config.schema import (
@@ -20,7 +20,6 @@ from osft_mcore.config.schema import (
 )
 from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.records import Example
 from osft_mcore.train.start import build_actor
 
 Layout = tuple[int, int, int, int, int]
@@ -42,18 +41,6 @@ NUM_STEPS = 3
 # by up to lr in either direction, so the bound on weights (1e-5) needs an lr near it.
 LR = 1e-4
 ENTROPY = AlgorithmConfig(objective="entropy", entropy_coef=2.0, tau_train=0.8)
-
-
-def examples(num: int, vocab: int) -> list[Example]:
-    rng = random.Random(5)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(vocab) for _ in range(rng.randint(low, high)))
-
-    return [
-        Example(prompt_token_ids=ids(1, 6), response_token_ids=ids(1, 12), trained=i % 5 != 4)
-        for i in range(num)
-    ]
 
 
 def train(
@@ -79,7 +66,7 @@ def train(
         algorithm=algorithm,
     )
     actor = build_actor(config, context)
-    batch = examples(16, actor.shape.vocab)
+    batch = token_examples(16, actor.shape.vocab, untrained_every=5)
     results = []
     for _ in range(NUM_STEPS):
         results.append(actor.update(batch, tau_sample=0.6, lr=LR))

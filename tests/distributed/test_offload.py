@@ -1,6 +1,5 @@
 """Memory that leaves the device between uses: it is gone, and what comes back is the same bits."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import pytest
 import torch
 from models import save_random_model
 from ranks import run_ranks
+from token_examples import token_examples
 
 from osft_mcore.actor import actor as actor_module
 from osft_mcore.actor.actor import Actor
@@ -25,7 +25,6 @@ from osft_mcore.config.schema import (
 )
 from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.records import Example
 from osft_mcore.train.start import build_actor
 
 CHOICES: tuple[Offload, ...] = ("none", "optimizer", "all")
@@ -94,15 +93,6 @@ def watched(actor: Actor, seen: dict[str, Bytes]) -> Iterator[None]:
         yield
 
 
-def examples() -> list[Example]:
-    rng = random.Random(5)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(VOCAB) for _ in range(rng.randint(low, high)))
-
-    return [Example(prompt_token_ids=ids(1, 6), response_token_ids=ids(1, 9)) for _ in range(8)]
-
-
 class Trained(NamedTuple):
     figures: list[tuple[float, ...]]
     state: dict[str, torch.Tensor]
@@ -112,7 +102,7 @@ class Trained(NamedTuple):
 
 def train(actor: Actor) -> Trained:
     """Three updates, a skipped one and a forward pass among them; rests, and calls in between."""
-    batch, moments = examples(), dict[str, Bytes]()
+    batch, moments = token_examples(8, VOCAB, responses=(1, 9)), dict[str, Bytes]()
     moments["start"] = held(actor)
     results = [actor.update(batch, tau_sample=0.6, lr=LR)]
     moments["updated"] = held(actor)

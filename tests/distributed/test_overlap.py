@@ -3,7 +3,6 @@
 It is on where a GPU can do both at once; here gloo does, by the same path.
 """
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import pytest
 import torch
 from models import save_random_model
 from ranks import run_ranks
+from token_examples import token_examples
 
 from osft_mcore.actor import actor as actor_module
 from osft_mcore.actor.actor import Actor
@@ -19,7 +19,6 @@ from osft_mcore.actor.optimizer import wrap_data_parallel
 from osft_mcore.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.records import Example
 from osft_mcore.train.start import build_actor
 
 VOCAB, LR = 67, 1e-3
@@ -58,15 +57,6 @@ class Trained(NamedTuple):
     """By update, of each bucket: whether its reduction had begun when the backward pass ended."""
 
 
-def examples() -> list[Example]:
-    rng = random.Random(5)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(VOCAB) for _ in range(rng.randint(low, high)))
-
-    return [Example(prompt_token_ids=ids(1, 6), response_token_ids=ids(1, 9)) for _ in range(16)]
-
-
 def watch(actor: Actor) -> list[list[bool]]:
     """Looks at every bucket when the schedule has come to its end."""
     config = actor.wrapped[0].config
@@ -82,11 +72,12 @@ def watch(actor: Actor) -> list[list[bool]]:
 
 
 def train(actor: Actor) -> Trained:
+    batch = token_examples(16, VOCAB, responses=(1, 9))
     in_flight, results = watch(actor), []
     for size in SIZES:
-        results.append(actor.update(examples()[:size], tau_sample=0.6, lr=LR))
+        results.append(actor.update(batch[:size], tau_sample=0.6, lr=LR))
         # No gradients: nothing may be begun.
-        actor.score(examples(), tau_sample=0.6)
+        actor.score(batch, tau_sample=0.6)
     weights = {name: tensor.clone() for name, tensor in actor.parameters().items()}
     return Trained([(r.loss, r.grad_norm, r.nll) for r in results], weights, in_flight)
 

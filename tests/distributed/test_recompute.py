@@ -1,6 +1,5 @@
 """Memory for time: what is computed twice changes no result, and keeps less in between."""
 
-import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from models import save_random_model
 from ranks import run_ranks
+from token_examples import token_examples
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +19,6 @@ from osft_mcore.loss.linear import token_loss
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext, join_groups
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.records import Example
 from osft_mcore.train.start import build_actor
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -41,18 +40,6 @@ NUM_STEPS = 2
 LR = 1e-4
 TOLERANCE = 1e-6
 HIDDEN = 64
-
-
-def examples(num: int, vocab: int, *, longest: int) -> list[Example]:
-    rng = random.Random(5)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(vocab) for _ in range(rng.randint(low, high)))
-
-    return [
-        Example(prompt_token_ids=ids(1, 6), response_token_ids=ids(longest // 2, longest))
-        for _ in range(num)
-    ]
 
 
 class Trained(NamedTuple):
@@ -85,7 +72,7 @@ def train(_rank: int, folder: Path, layout: str) -> dict[str, Trained]:
     results = {}
     for choice in CHOICES:
         actor = actor_of(folder, context, choice, sequence_parallel=sequence_parallel)
-        batch = examples(4, actor.shape.vocab, longest=12)
+        batch = token_examples(4, actor.shape.vocab, responses=(6, 12))
         steps = [actor.update(batch, tau_sample=0.6, lr=LR) for _ in range(NUM_STEPS)]
         steps.append(actor.score(batch, tau_sample=0.6))
         parameters = [
@@ -198,7 +185,7 @@ def measure(_rank: int, folder: Path, choices: list[str]) -> dict[str, Memory]:
     found = {}
     for choice in choices:
         actor = actor_of(folder, context, choice)
-        batch = examples(SEQUENCES, actor.shape.vocab, longest=LENGTH)
+        batch = token_examples(SEQUENCES, actor.shape.vocab, responses=(LENGTH // 2, LENGTH))
         # The first update makes Adam's moments.
         actor.update(batch, tau_sample=0.6, lr=LR)
         with LiveMemory() as update:
