@@ -14,6 +14,8 @@ from ablation.plan import METHODS, base_scores, plan, summary_of
 from ablation.run import JobFailed, run_jobs
 from ablation.table import T_975, report
 
+from osft_mcore.errors import ConfigError
+
 
 def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -39,6 +41,9 @@ def main() -> int:
     seeds = range(1, args.seeds + 1)
     try:
         run_jobs(plan(out, seeds=seeds, steps=args.steps), logs=out / "logs")
+    except ConfigError as error:
+        print("--out:", *error.problems, sep="\n  ", file=sys.stderr)
+        return error.exit_code
     except JobFailed as error:
         print(error, file=sys.stderr)
         return 1

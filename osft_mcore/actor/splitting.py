@@ -48,7 +48,8 @@ def budget_split(
 
     def parts(numbers: Sequence[int]) -> list[list[int]]:
         least = -(-sum(lengths[number] for number in numbers) // (max_tokens * group)) * group
-        # It ends: with as many parts as sequences each is alone.
+        # It ends: with as many parts as sequences each is alone. No part is empty before.
+        least = min(least, len(numbers))
         tries = (_even_parts(numbers, lengths, num) for num in count(least, group))
         return next(found for found in tries if all(map(fits, found)))
 

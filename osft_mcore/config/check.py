@@ -325,7 +325,7 @@ def _optional_parts(config: RunConfig, phase: Phase) -> Iterator[str]:
             "evaluation.files: osft sft does not sample, so it cannot evaluate; leave them out "
             "(osft evaluate scores the model that it leaves)"
         )
-    if evaluation.baseline_temperatures and not evaluation.before:
+    if phase == "train" and evaluation.baseline_temperatures and not evaluation.before:
         yield (
             "evaluation.baseline_temperatures: they are for the starting model, which "
             "evaluation.before=false leaves out; set it to true or drop them"
@@ -346,7 +346,7 @@ def _optional_parts(config: RunConfig, phase: Phase) -> Iterator[str]:
 
 
 def _offload(config: RunConfig, phase: Phase) -> Iterator[str]:
-    if config.train.offload != "all":
+    if config.train.offload != "all" or not trains(phase):
         return
     if phase == "sft":
         yield (

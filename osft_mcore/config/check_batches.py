@@ -30,8 +30,9 @@ def batch_problems(
         yield from _budget(config, train.max_tokens_per_micro_batch)
         if device == "cuda" and config.model.dtype == "fp32":
             yield (
-                "train.max_tokens_per_micro_batch: on a GPU there is no attention over packed "
-                "sequences in model.dtype=fp32; use bf16, or train.micro_batch_size"
+                "train.max_tokens_per_micro_batch: found it with model.dtype=fp32, but on a GPU "
+                "packed sequences need bf16 (Transformer Engine's attention over them has no "
+                "fp32); use bf16, or train.micro_batch_size"
             )
 
 

@@ -93,7 +93,9 @@ def read_table(
     return table if limit is None else table.slice(0, limit)
 
 
-def check_prompt_column(file: DataFile, table: pa.Table, name: str, option: str) -> None:
+def check_prompt_column(
+    file: DataFile, table: pa.Table, name: str, option: str, *, or_else: str = ""
+) -> None:
     """Raise DataError unless the column holds texts or lists of {role, content} messages."""
     kind = table.schema.field(name).type
     if _is_text(kind):
@@ -104,8 +106,8 @@ def check_prompt_column(file: DataFile, table: pa.Table, name: str, option: str)
         if all(name in fields and _is_text(fields[name]) for name in ("role", "content")):
             return
     raise file.error(
-        f"column {name!r} has type {kind}; expected text or a list of {{role, content}} messages "
-        f"(option {option} names the column)"
+        f"column {name!r} has type {kind}; expected text or a list of {{role, content}} messages"
+        f"{or_else} (option {option} names the column)"
     )
 
 
@@ -124,7 +126,8 @@ def check_text_column(
 def holds_token_ids(table: pa.Table, name: str) -> bool:
     """True if the column holds lists of whole numbers."""
     kind = table.schema.field(name).type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    is_list = any(is_kind(kind) for is_kind in kinds)
     return is_list and bool(pa.types.is_integer(kind.value_type))
 
 

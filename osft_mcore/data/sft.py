@@ -83,7 +83,9 @@ def load_examples(
 
 def _check_columns(source: DataFile, table: pa.Table, prompt_key: str, response_key: str) -> None:
     if not holds_token_ids(table, prompt_key):
-        check_prompt_column(source, table, prompt_key, "data.prompt_key")
+        check_prompt_column(
+            source, table, prompt_key, "data.prompt_key", or_else=", or lists of token ids"
+        )
     if not holds_token_ids(table, response_key):
         check_text_column(
             source,

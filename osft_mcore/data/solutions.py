@@ -22,10 +22,10 @@ TokenIds = tuple[Annotated[int, Field(ge=0, lt=2**31)], ...]
 class Solution:
     """One line of solutions.jsonl: an answer, and all that is needed to train on it."""
 
-    row: int
+    row: Annotated[int, Field(ge=0, lt=2**63)]
     """Of the prompt, in data.train."""
     prompt_id: str
-    sample: int
+    sample: Annotated[int, Field(ge=0, lt=2**31)]
     data_source: str
     ground_truth: str
     prompt: tuple[Message, ...]
@@ -36,7 +36,7 @@ class Solution:
     """First token through the end-of-answer token, if it was not cut off."""
     truncated: bool
     """Cut off by rollout.max_response_tokens."""
-    tau_sample: float
+    tau_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
     @property
     def empty(self) -> bool:
@@ -126,16 +126,23 @@ def read_solutions(file: Path, *, option: str) -> list[Solution]:
     """All of a file. Raises DataError that names `option`, the file, and the first bad lines."""
     source = DataFile(path=file, option=option)
     problems, solutions = RowProblems(source, unit="line"), []
+    seen: dict[tuple[int, int], int] = {}
+    num_lines = 0
     try:
         with file.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
+            for num_lines, line in enumerate(stream, start=1):
                 try:
-                    solutions.append(_SOLUTION.validate_json(line, strict=True))
+                    solution = _SOLUTION.validate_json(line, strict=True)
                 except ValidationError as error:
-                    problems.add(number, _reason(error))
+                    problems.add(num_lines, _reason(error))
+                    continue
+                place = (solution.row, solution.sample)
+                if (first := seen.setdefault(place, num_lines)) != num_lines:
+                    problems.add(num_lines, f"row and sample are those of line {first}")
+                solutions.append(solution)
     except (OSError, UnicodeDecodeError) as error:
         raise source.error(f"cannot be read ({error}); expected a solutions.jsonl") from error
-    problems.raise_if_any(len(solutions) + len(problems.reasons))
+    problems.raise_if_any(num_lines)
     if not solutions:
         raise source.error("the file has no lines")
     return solutions
@@ -163,6 +170,8 @@ def convert_solutions(
     """
     if not 0 <= val_share < 1:
         raise ConfigError(f"--val-share: found {val_share:g}, expected at least 0 and below 1")
+    if seed < 0:
+        raise ConfigError(f"--seed: found {seed}, expected at least 0")
     val_file = out.with_name(f"{out.stem}_val{out.suffix}") if val_share else None
     outputs = [path for path in (out, val_file) if path is not None]
     if present := [
@@ -174,11 +183,14 @@ def convert_solutions(
     usable = [solution for solution in said if truncated == "keep" or not solution.truncated]
     num_truncated = sum(solution.truncated for solution in said)
     if not usable:
+        advice = (
+            "; raise rollout.max_response_tokens and generate anew, or keep what was cut off "
+            "(--truncated keep)"
+        )
         raise DataError(
             f"--solutions: {file}: nothing is left to train on: of {len(solutions)} answers "
-            f"{len(solutions) - len(said)} are empty and {num_truncated} cut off; raise "
-            "rollout.max_response_tokens and generate anew, or keep what was cut off "
-            "(--truncated keep)"
+            f"{len(solutions) - len(said)} are empty and {num_truncated} cut off"
+            f"{advice if num_truncated else ''}"
         )
     held_out = _held_out_rows(usable, val_share, seed)
     train = [solution for solution in usable if solution.row not in held_out]

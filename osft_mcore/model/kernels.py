@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.optimizer import Adam
 
 
@@ -31,10 +32,10 @@ class Installed:
 
 
 def installed() -> Installed:
-    """What is installed here; nothing but Megatron-Core and torch is imported for it."""
+    """What Megatron-Core found here, and could import."""
     return Installed(
         cuda=torch.cuda.is_available(),
-        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        transformer_engine=HAVE_TE,
         fused_weight_gradient=importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
         is not None,
         adam=Adam.__module__.split(".")[0],
@@ -98,4 +99,4 @@ def _adam(found: Installed) -> Kernel:
         why = "neither transformer_engine nor apex is installed"
     else:
         why = "the first that Megatron-Core finds of Transformer Engine, apex, torch"
-    return Kernel(part="adam", choice=names[found.adam], why=why)
+    return Kernel(part="adam", choice=names.get(found.adam, found.adam), why=why)

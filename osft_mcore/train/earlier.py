@@ -17,6 +17,24 @@ from osft_mcore.train.resume import RUN_MANIFEST, SUMMARY, read_json
 
 SOLUTIONS: Final = "solutions.jsonl"
 """What `osft generate` leaves behind."""
+OF_A_SCORE: Final = (
+    "seed:",
+    "model.",
+    "rollout.max_prompt_tokens:",
+    "rollout.max_response_tokens:",
+    "data.prompt_key:",
+    "data.system_prompt:",
+    "data.prompt_suffix:",
+    "data.chat_template:",
+    "evaluation.files:",
+    "evaluation.num_samples:",
+    "evaluation.temperature:",
+    "evaluation.top_p:",
+    "evaluation.baseline_temperatures:",
+    "evaluation.max_problems:",
+    "evaluation.grader_timeout_s:",
+)
+"""How lines on options begin that change what `osft evaluate` finds."""
 
 
 def batches_of(config: RunConfig, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
@@ -35,8 +53,8 @@ def check_pass_left(config: RunConfig, num_batches: int) -> None:
     done = int(read_json(summary).get("batches", 0))
     if done >= num_batches:
         raise NothingLeft(
-            f"{done} of {num_batches} batches are done, nothing is left to do; the answers are in "
-            f"{summary.with_name(SOLUTIONS)}. To begin anew choose another output_dir"
+            f"{num_batches} of {num_batches} batches are done, nothing is left to do; the answers "
+            f"are in {summary.with_name(SOLUTIONS)}. To begin anew choose another output_dir"
         )
     raise ConfigError(
         f"output_dir: the run in {config.output_dir!r} ended after {done} batches (train.steps), "
@@ -80,7 +98,8 @@ def check_earlier(config: RunConfig, phase: Phase) -> bool:
 
 
 def _other_score(before: dict[str, Any], config: RunConfig) -> list[str]:
-    changed = changes(before["options"], config)
+    lines = changes(before["options"], config)
+    changed = [line for line in lines if line.startswith(OF_A_SCORE)]
     if before["identity"] != json.loads(json.dumps(identity(config, "evaluate"))):
         changed.append("model.path, evaluation.files: what the files hold has changed")
     return changed

@@ -49,7 +49,14 @@ def performance_metrics(
     peak = peak_tflops(actor.model, context.device)
     flops = training_flops(actor.shape, lengths) / context.topology.world_size
     return {
-        **rates(lengths, num_sampled=num_sampled, flops=flops, seconds=seconds, peak_tflops=peak),
+        **rates(
+            lengths,
+            num_sampled=num_sampled,
+            num_ranks=context.topology.world_size,
+            flops=flops,
+            seconds=seconds,
+            peak_tflops=peak,
+        ),
         **peak_memory(context),
     }
 
@@ -58,17 +65,20 @@ def rates(
     lengths: Sequence[int],
     *,
     num_sampled: int,
+    num_ranks: int,
     flops: float,
     seconds: Mapping[str, float],
     peak_tflops: float | None,
 ) -> dict[str, float]:
-    """Tokens a second over all ranks; `flops` are those of one rank. No phase, no rate of it."""
+    """Tokens a second, over all ranks and of one; `flops` are of one. No phase, no rate of it."""
     found: dict[str, float] = {}
     if rollout_s := seconds.get("time/rollout_s"):
         found["perf/rollout_tokens_per_s"] = num_sampled / rollout_s
+        found["perf/rollout_tokens_per_s_per_rank"] = num_sampled / rollout_s / num_ranks
     if train_s := seconds.get("time/train_s"):
         tflops = flops / train_s / 1e12
         found["perf/train_tokens_per_s"] = sum(lengths) / train_s
+        found["perf/train_tokens_per_s_per_rank"] = sum(lengths) / train_s / num_ranks
         found["perf/train_tflops_per_rank"] = tflops
         if peak_tflops is not None:
             found["perf/mfu"] = tflops / peak_tflops

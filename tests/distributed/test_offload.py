@@ -44,6 +44,7 @@ class Case:
 CASES = {
     "dp2, sharded": Case(topology=Topology(tp=1, pp=1, dp=2)),
     "dp2, sharded, fp32": Case(topology=Topology(tp=1, pp=1, dp=2), dtype="fp32"),
+    "dp2, whole optimizer": Case(topology=Topology(tp=1, pp=1, dp=2), distributed_optimizer=False),
     "tp2, with a reference": Case(topology=Topology(tp=2, pp=1, dp=1), kl_coef=0.1),
     "pp2, fp32": Case(topology=Topology(tp=1, pp=2, dp=1), dtype="fp32"),
 }

@@ -32,11 +32,15 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, kind: str) -> No
 
 
 def test_rates_by_hand() -> None:
-    found = rates([30, 70], num_sampled=80, flops=6e12, seconds=SECONDS, peak_tflops=10.0)
+    found = rates(
+        [30, 70], num_sampled=80, num_ranks=4, flops=6e12, seconds=SECONDS, peak_tflops=10.0
+    )
     assert found == pytest.approx(
         {
             "perf/rollout_tokens_per_s": 20.0,
+            "perf/rollout_tokens_per_s_per_rank": 5.0,
             "perf/train_tokens_per_s": 50.0,
+            "perf/train_tokens_per_s_per_rank": 12.5,
             "perf/train_tflops_per_rank": 3.0,
             "perf/mfu": 0.3,
         }
@@ -45,8 +49,12 @@ def test_rates_by_hand() -> None:
 
 def test_without_a_known_peak_or_a_rollout_these_rates_are_missing() -> None:
     seconds = {"time/train_s": 2.0}
-    found = rates([30], num_sampled=0, flops=1.0, seconds=seconds, peak_tflops=None)
-    assert found.keys() == {"perf/train_tokens_per_s", "perf/train_tflops_per_rank"}
+    found = rates([30], num_sampled=0, num_ranks=1, flops=1.0, seconds=seconds, peak_tflops=None)
+    assert found.keys() == {
+        "perf/train_tokens_per_s",
+        "perf/train_tokens_per_s_per_rank",
+        "perf/train_tflops_per_rank",
+    }
     cpu = torch.device("cpu")
     assert peak_tflops(ModelConfig(dtype="bf16"), cpu) is None
 

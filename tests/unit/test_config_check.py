@@ -210,7 +210,7 @@ def test_a_budget_of_tokens_needs_global_normalization_and_equal_ranks(options: 
 def test_a_budget_of_tokens_is_for_bf16_on_a_gpu(options: list[str]) -> None:
     budget = "train.max_tokens_per_micro_batch=4096"
     (problem,) = problems_of(options, budget, "model.dtype=fp32", device="cuda")
-    assert problem.startswith("train.max_tokens_per_micro_batch: on a GPU there is no attention")
+    assert problem.startswith("train.max_tokens_per_micro_batch: found it with model.dtype=fp32")
     assert problems_of(options, budget, "model.dtype=bf16", device="cuda") == []
     assert problems_of(options, "model.dtype=fp32", device="cuda") == []
     assert problems_of(options, budget, "model.dtype=fp32", device="cpu") == []

@@ -1,5 +1,6 @@
 """From solutions.jsonl to a training set."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -90,9 +91,10 @@ def test_a_line_comes_back_as_it_was_sampled(tmp_path: Path) -> None:
         weight_version=1, replica=0,
     )  # fmt: skip
     file = tmp_path / "solutions.jsonl"
-    file.write_text(solution_lines([response, response], lambda ids: f"\n{ids}", tau_sample=0.3))
+    both = [response, dataclasses.replace(response, sample_index=2)]
+    file.write_text(solution_lines(both, lambda ids: f"\n{ids}", tau_sample=0.3))
     one, two = read_solutions(file, option="--solutions")
-    assert one == two
+    assert one == dataclasses.replace(two, sample=1)
     assert one == Solution(
         row=4, prompt_id="x", sample=1, data_source="s", ground_truth="é", prompt=prompt.messages,
         prompt_token_ids=(1, 4), response="\n(7, 2)", response_token_ids=(7, 2), truncated=False,
@@ -158,6 +160,13 @@ def test_bad_lines_are_named_and_nothing_is_written(tmp_path: Path) -> None:
         "line 5: ",
     ):  # fmt: skip
         assert part in str(caught.value)
+    numbers = [row(2**63), row(-5), row(1, 2**31), row(2, tau_sample=-1), row(3), row(3)]
+    with pytest.raises(DataError, match="5 of 6 lines cannot be used") as caught:
+        converted(tmp_path, numbers)
+    for part in ("line 1: row: ", "line 2: row: ", "line 3: sample: ", "line 4: tau_sample: "):
+        assert part in str(caught.value)
+    with pytest.raises(DataError, match="line 2: row and sample are those of line 1"):
+        converted(tmp_path, [row(3), row(3), row(3, 1)])
     (tmp_path / "half").write_text(json.dumps(row(0)) + "\n" + json.dumps(row(1))[:-9])
     with pytest.raises(DataError, match="line 2: Invalid JSON"):
         convert_solutions(tmp_path / "half", tmp_path / "sft.parquet", truncated="drop")
@@ -167,7 +176,9 @@ def test_bad_lines_are_named_and_nothing_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([row(0, **CUT_OFF), row(1, **EMPTY)], {}, "of 2 answers 1 are empty and 1 cut off"),
+        ([row(0, **CUT_OFF), row(1, **EMPTY)], {}, "of 2 answers 1 are empty and 1 cut off; raise"),
+        # Nothing was cut off, so there is no advice on that.
+        ([row(0, **EMPTY)], {"truncated": "keep"}, "of 1 answers 1 are empty and 0 cut off$"),
         ([], {}, "the file has no lines"),
         ([row(0), row(1)], {"val_share": 0.1}, "0.1 of 2 prompts leaves one of the two"),
     ],
@@ -192,6 +203,8 @@ def test_an_output_that_exists_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_share_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--val-share: found 1, expected"):
         converted(tmp_path, [row(0)], val_share=1.0)
+    with pytest.raises(ConfigError, match="--seed: found -1, expected at least 0"):
+        converted(tmp_path, [row(0)], seed=-1)
 
 
 def test_the_tool_prints_the_counts(tmp_path: Path) -> None:

@@ -59,13 +59,18 @@ def test_a_budget_by_hand() -> None:
 
 
 @given(
-    lengths=LENGTHS, dp=st.integers(1, 3), group=st.integers(1, 3), multiple=st.sampled_from([1, 4])
+    lengths=LENGTHS,
+    dp=st.integers(1, 3),
+    group=st.integers(1, 3),
+    multiple=st.sampled_from([1, 4]),
+    budget=st.sampled_from([10, 62]),
 )
 def test_every_sequence_once_within_the_budget(
-    lengths: list[int], dp: int, group: int, multiple: int
+    lengths: list[int], dp: int, group: int, multiple: int, budget: int
 ) -> None:
+    """The smaller budget is below some sequences: these are alone."""
     lengths = lengths * dp * group
-    split = budget_split(lengths, dp=dp, max_tokens=62, pad_to_multiple=multiple, group=group)
+    split = budget_split(lengths, dp=dp, max_tokens=budget, pad_to_multiple=multiple, group=group)
     passes = [numbers for rank in split for numbers in rank]
     assert sorted(itertools.chain(*passes)) == list(range(len(lengths)))
     assert len(split) == dp
@@ -74,7 +79,7 @@ def test_every_sequence_once_within_the_budget(
         assert len(rank) % group == 0
     for numbers in passes:
         assert numbers
-        assert len(numbers) == 1 or packed(lengths, numbers, multiple) <= 62
+        assert len(numbers) == 1 or packed(lengths, numbers, multiple) <= budget
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -194,7 +194,6 @@ def _score(
             f"model.path={model}",
             *_inputs(out),
             f"seed={seed}",
-            "evaluation.before=true",
             *others,
         ),
         result=result,

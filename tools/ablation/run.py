@@ -6,8 +6,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ablation.plan import Job
+from osft_mcore.config.load import as_options, load_config
 
 
 class JobFailed(Exception):
@@ -17,13 +19,16 @@ class JobFailed(Exception):
 def run_jobs(jobs: Sequence[Job], *, logs: Path) -> None:
     """Run what has no result yet, one line each; what the commands print goes to `logs`.
 
-    Raises JobFailed at the first that fails, or that was run with other options before.
+    Raises JobFailed at the first that fails, or that was run with other options before, ConfigError
+    before any is run if the options of one are refused.
     """
+    # Before anything runs: an option that is refused is refused here.
+    records = [_record(job) for job in jobs]
     logs.mkdir(parents=True, exist_ok=True)
-    for number, job in enumerate(jobs, start=1):
+    for number, (job, record) in enumerate(zip(jobs, records, strict=True), start=1):
         place = f"[{number}/{len(jobs)}] {job.name}"
         log = logs / f"{number:02}_{'_'.join(job.name.replace(',', '').replace(':', '').split())}"
-        _check_options(job, log.with_suffix(".json"))
+        _check_options(job, record, log.with_suffix(".json"))
         if job.result.is_file():
             print(f"{place}: is there", flush=True)
             continue
@@ -42,13 +47,19 @@ def run_jobs(jobs: Sequence[Job], *, logs: Path) -> None:
         print(f"{place}: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def _check_options(job: Job, record: Path) -> None:
-    if record.is_file():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        if before != list(job.command):
+def _record(job: Job) -> dict[str, Any]:
+    """The command, and what its options come to with all files of conf/."""
+    options = as_options(load_config(job.command[2:])) if job.command[0] == "osft" else {}
+    found: dict[str, Any] = json.loads(json.dumps({"command": job.command, "options": options}))
+    return found
+
+
+def _check_options(job: Job, record: dict[str, Any], path: Path) -> None:
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != record:
             raise JobFailed(
-                f"{job.name}: {record.parent.parent} holds results of other options; remove it or "
-                f"choose another --out\n  found:    {' '.join(before)}\n"
-                f"  expected: {' '.join(job.command)}"
+                f"{job.name}: {path.parent.parent} holds results of other options; remove it or "
+                f"choose another --out; what they were is in {path}"
             )
-    record.write_text(json.dumps(job.command), encoding="utf-8")
+    path.write_text(json.dumps(record), encoding="utf-8")
