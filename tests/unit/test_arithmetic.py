@@ -119,7 +119,10 @@ def test_the_loaders_read_every_file_and_every_token_comes_back(files: Arithmeti
             assert prompt.text == f"<bos>{question(row)}\n"
             assert len(prompt.token_ids) == len(question(row)) + 2
             assert tokenizer.decode(prompt.token_ids) == f"{question(row)}\n"
-    data = load_examples(files.sft, tokenizer, response_key="response", max_tokens=256, **rendering)
+    vocab = read_model_shape(files.model).vocab
+    data = load_examples(
+        files.sft, tokenizer, response_key="response", max_tokens=256, vocab=vocab, **rendering
+    )
     rows = pq.read_table(files.sft).to_pylist()
     for example, row in zip(data.examples, rows, strict=True):
         assert tokenizer.decode(example.response_token_ids) == row["response"]
