@@ -379,6 +379,8 @@ def test_an_evaluation_that_would_not_take_place(options: list[str]) -> None:
     (problem,) = problems_of(options, *unscored)
     assert problem.startswith("evaluation.baseline_temperatures: ")
     assert "evaluation.before=false" in problem
+    # That option is of a run that trains.
+    assert problems_of(options, *unscored, phase="evaluate") == []
 
 
 @pytest.mark.parametrize("phase", ["train", "sft"])
@@ -553,6 +555,8 @@ def test_nearest_gives_the_neighbours() -> None:
 def test_weights_that_leave_are_not_read_where_they_are(options: list[str]) -> None:
     for passes in (("train.offload=all",), ("train.offload=optimizer", "sync.mode=alias")):
         assert problems_of(options, *passes) == []
+    # Where nothing is trained no actor has weights.
+    assert problems_of(options, "train.offload=all", "sync.mode=alias", phase="generate") == []
     (problem,) = problems_of(options, "train.offload=all", "sync.mode=alias")
     assert problem.startswith("train.offload: all puts the actor's weights away while the engine")
     assert "choose optimizer, or sync.mode=auto" in problem
