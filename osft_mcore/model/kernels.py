@@ -25,8 +25,6 @@ class Installed:
     cuda: bool
     """A CUDA device is there."""
     transformer_engine: bool
-    fused_weight_gradient: bool
-    """apex was built with the kernel that adds weight gradients to main_grad."""
     adam: str
     """Package whose Adam Megatron-Core took: transformer_engine, apex or torch."""
 
@@ -36,8 +34,6 @@ def installed() -> Installed:
     return Installed(
         cuda=torch.cuda.is_available(),
         transformer_engine=HAVE_TE,
-        fused_weight_gradient=importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
-        is not None,
         adam=Adam.__module__.split(".")[0],
     )
 
@@ -50,7 +46,10 @@ def uses_transformer_engine() -> bool:
 
 def fuses_weight_gradient() -> bool:
     """True where the output layer's weight gradient is formed by apex's kernel."""
-    return uses_transformer_engine() and installed().fused_weight_gradient
+    return (
+        uses_transformer_engine()
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    )
 
 
 def kernels_in_use(found: Installed) -> list[Kernel]:

@@ -1,6 +1,6 @@
 """One online SFT run, from inputs to summary."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from osft_mcore.actor.actor import Actor
@@ -8,7 +8,7 @@ from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.problems import Problems
-from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
+from osft_mcore.data.tokenizer import load_tokenizer
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.parallel.groups import ParallelContext
@@ -16,6 +16,7 @@ from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.inputs import HeldOut, load_held_out, load_train_prompts, total_steps
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.resume import SUMMARY
+from osft_mcore.train.sampler import BuildEngine
 from osft_mcore.train.scoring import open_scoring
 from osft_mcore.train.start import (
     build_actor,
@@ -33,8 +34,6 @@ from osft_mcore.weights.alias import delivery_lines
 from osft_mcore.weights.params import hf_layouts
 from osft_mcore.weights.sync import PushReport, WeightSync
 from osft_mcore.weights.ways import Ends
-
-BuildEngine = Callable[[RunConfig, ParallelContext, ChatTokenizer], RolloutEngine]
 
 
 def run_osft(

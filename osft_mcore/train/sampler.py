@@ -19,7 +19,7 @@ from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.earlier import began_with
-from osft_mcore.train.start import open_folder
+from osft_mcore.train.start import open_folder, say_model
 from osft_mcore.weights.finite import non_finite
 
 BuildEngine = Callable[[RunConfig, ParallelContext, ChatTokenizer], RolloutEngine]
@@ -91,9 +91,5 @@ def fill_engine(engine: RolloutEngine, config: RunConfig, context: ParallelConte
 def say_start(console: Console, config: RunConfig, context: ParallelContext) -> None:
     """What runs here: folder, model, layout."""
     shape, topology = read_model_shape(config.model.path), context.topology
-    console.say(f"run folder: {config.output_dir}")
-    console.say(
-        f"model: {shape.model_type}, {shape.num_parameters / 1e6:.2f}M parameters, "
-        f"{config.model.dtype}, from {config.model.path} ({config.model.init})"
-    )
+    say_model(console, config, shape)
     console.say(f"rollout: vLLM tp={topology.rollout_tp}, {topology.num_replicas} replicas")

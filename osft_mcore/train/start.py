@@ -273,14 +273,19 @@ def _card(folder: RunFolder, num_steps: int) -> str:
     return model_card(read_provenance(folder.path, step=num_steps), name=name)
 
 
-def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_steps: int) -> None:
-    """What runs here: model, layouts, kernels, temperatures, length."""
-    parallel, rollout = config.parallel, config.rollout
+def say_model(console: Console, config: RunConfig, shape: ModelShape) -> None:
+    """Where the run is, and the model that it starts from."""
     console.say(f"run folder: {config.output_dir}")
     console.say(
         f"model: {shape.model_type}, {shape.num_parameters / 1e6:.2f}M parameters, "
         f"{config.model.dtype}, from {config.model.path} ({config.model.init})"
     )
+
+
+def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_steps: int) -> None:
+    """What runs here: model, layouts, kernels, temperatures, length."""
+    parallel, rollout = config.parallel, config.rollout
+    say_model(console, config, shape)
     console.say(
         f"actor: Megatron-Core tp={parallel.tp} pp={parallel.pp} dp={parallel.dp}"
         f"{f' vpp={parallel.vpp}' if parallel.vpp > 1 else ''}"

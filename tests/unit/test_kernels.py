@@ -8,7 +8,7 @@ PARTS = ["linear layers", "attention", "norms", "rope", "adam", "cross-entropy"]
 
 
 def chosen(*, cuda: bool, engine: bool, adam: str) -> dict[str, tuple[str, str]]:
-    found = Installed(cuda=cuda, transformer_engine=engine, fused_weight_gradient=False, adam=adam)
+    found = Installed(cuda=cuda, transformer_engine=engine, adam=adam)
     table = kernels_in_use(found)
     assert [kernel.part for kernel in table] == PARTS
     return {kernel.part: (kernel.choice, kernel.why) for kernel in table}
