@@ -88,7 +88,7 @@ def run_config(folder: Path, topology: Topology, **sections: Any) -> RunConfig:
     return RunConfig(
         seed=SEED,
         model=ModelConfig(path=str(folder), dtype="fp32"),
-        parallel=ParallelConfig(tp=topology.tp, pp=topology.pp, vpp=topology.vpp, dp=topology.dp),
+        parallel=ParallelConfig(**topology.actor_sizes()),
         rollout=RolloutConfig(
             tp=topology.rollout_tp,
             max_prompt_tokens=MAX_PROMPT,

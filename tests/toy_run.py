@@ -47,7 +47,7 @@ def toy_config(start: Start, out: Path, topology: Topology) -> RunConfig:
     return RunConfig(
         output_dir=str(out),
         model=ModelConfig(path=str(model), dtype="fp32"),
-        parallel=ParallelConfig(tp=topology.tp, pp=topology.pp, dp=topology.dp),
+        parallel=ParallelConfig(**topology.actor_sizes()),
         rollout=RolloutConfig(
             tp=topology.rollout_tp, tau_sample=0.6, num_samples=2,
             annealing=AnnealingConfig(mode="linear", end_tau=1.0, steps=15),

@@ -13,7 +13,7 @@ from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.weight_plan import layout_pairs, push_bytes
 from osft_mcore.weights.bound import PlanBytes
 
-SIZES = ("tp", "pp", "vpp", "dp", "rollout_tp")
+SIZES = ("tp", "cp", "pp", "vpp", "dp", "rollout_tp")
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 MIB = 2**20
 

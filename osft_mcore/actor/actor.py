@@ -24,7 +24,13 @@ from osft_mcore.actor.reference import Reference
 from osft_mcore.actor.response_loss import response_loss
 from osft_mcore.actor.restore import restore
 from osft_mcore.actor.result import Sums, UpdateResult, update_result
-from osft_mcore.actor.splitting import Split, budget_split, fixed_split, padding_share
+from osft_mcore.actor.splitting import (
+    Split,
+    budget_split,
+    fixed_split,
+    padding_share,
+    rows_of,
+)
 from osft_mcore.actor.start_weights import load_start_weights
 from osft_mcore.actor.training_state import StateTensor, adam_step, set_adam_step, training_state
 from osft_mcore.config.model_shape import ModelShape
@@ -63,7 +69,7 @@ class Actor:
         self.model, self.train, self.algorithm = model, train, algorithm
         self.max_response_tokens = max_response_tokens
         self.sequence_parallel = parallel.sequence_parallel
-        self.pad_to_multiple = parallel.tp if parallel.sequence_parallel else 1
+        self.rows = rows_of(parallel, packed=train.max_tokens_per_micro_batch is not None)
         self._before_step: Callable[[], None] | None = None
         self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
         self.chunks = build_chunks(
@@ -94,7 +100,7 @@ class Actor:
 
     def _optimized(self, parallel: ParallelConfig) -> tuple[list[Any], Any]:
         """The chunks with their gradient buffers, and the optimizer of both."""
-        many = self.context.topology.dp > 1
+        many = self.context.topology.copies > 1
         # Alone it would share with nobody, and copy all gradients and weights each update.
         distributed = parallel.distributed_optimizer and many
         with megatron_device():
@@ -194,9 +200,9 @@ class Actor:
         return self._memory.readable(self._live_state())
 
     def _live_state(self) -> list[StateTensor]:
-        named, dp = named_parameters(self.chunks), self.context.topology.dp
-        dp_rank = self.context.coordinates.dp_rank
-        return training_state(self.optimizer, named, dp=dp, dp_rank=dp_rank)
+        named, copies = named_parameters(self.chunks), self.context.topology.copies
+        copy = self.context.coordinates.copy
+        return training_state(self.optimizer, named, copies=copies, copy=copy)
 
     @property
     def num_updates(self) -> int:
@@ -206,11 +212,6 @@ class Actor:
     @num_updates.setter
     def num_updates(self, value: int) -> None:
         set_adam_step(self.optimizer, value)
-
-    @property
-    def _packed(self) -> bool:
-        """Whether the sequences of a micro-batch lie end to end, instead of one in a row."""
-        return self.train.max_tokens_per_micro_batch is not None
 
     def _split(self, examples: Sequence[Example]) -> Split:
         train, topology = self.train, self.context.topology
@@ -222,7 +223,7 @@ class Actor:
             [example.num_tokens for example in examples],
             dp=topology.dp,
             max_tokens=train.max_tokens_per_micro_batch,
-            pad_to_multiple=self.pad_to_multiple,
+            rows=self.rows,
             group=topology.micro_batch_group,
         )
 
@@ -234,9 +235,7 @@ class Actor:
             parts,
             self.context,
             grad_norm=grad_norm,
-            padding=padding_share(
-                lengths, split, packed=self._packed, pad_to_multiple=self.pad_to_multiple
-            ),
+            padding=padding_share(lengths, split, self.rows),
             with_kl=self.reference is not None,
         )
 
@@ -248,15 +247,16 @@ class Actor:
         *,
         forward_only: bool,
     ) -> list[Sums]:
-        batches = micro_batches(
+        topology, place = self.context.topology, self.context.coordinates
+        whole = micro_batches(
             examples,
             split,
-            dp_rank=self.context.coordinates.dp_rank,
-            packed=self._packed,
-            pad_to_multiple=self.pad_to_multiple,
+            dp_rank=place.dp_rank,
+            rows=self.rows,
             algorithm=self.algorithm,
             max_response_tokens=self.max_response_tokens,
         )
+        batches = [batch.share(cp=topology.cp, cp_rank=place.cp_rank) for batch in whole]
         if self.reference is not None:
             batches = self.reference.score(batches, tau=taus.train)
         parts: list[Sums] = get_forward_backward_func()(

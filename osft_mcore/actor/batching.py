@@ -1,7 +1,8 @@
 """From examples to micro-batches of tensors; pure, the same on every rank.
 
 Shape suffixes: B rows, S positions of a row, T response tokens of the micro-batch. A row is a
-sequence, padded on the right, or all of them, packed end to end.
+sequence, padded on the right, or all of them, packed end to end. Of a row, and of the response
+tokens that it predicts, each context-parallel rank has a share.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from osft_mcore.actor.splitting import Split, num_positions
+from osft_mcore.actor.splitting import Rows, Split
 from osft_mcore.config.schema import AlgorithmConfig
 from osft_mcore.loss.objectives import batch_weights
 from osft_mcore.records import Example
@@ -25,8 +26,8 @@ class MicroBatch:
 
     tokens_BS: Tensor
     packed_lengths: tuple[int, ...]
-    """Of the sequences of the one row, with the padding at its end as the last; () if rows are
-    padded."""
+    """Of the sequences of the whole row with their padding, and of what is left at its end as the
+    last; () if each row is a sequence."""
     predictor_T: Tensor
     """Index into B*S of the position whose output predicts each response token."""
     targets_T: Tensor
@@ -44,6 +45,38 @@ class MicroBatch:
         tensors = {name: x for name, x in fields.items() if isinstance(x, Tensor)}
         moved: dict[str, Any] = {name: x.to(device) for name, x in tensors.items()}
         return replace(self, **moved)
+
+    def share(self, *, cp: int, cp_rank: int) -> "MicroBatch":
+        """What one of `cp` ranks computes: two runs of every packed sequence, and their tokens.
+
+        Of a sequence in 2 cp equal runs it is number cp_rank, and the same counted from the end: so
+        the ranks have the same work although later tokens look back at more. Rotary embeddings
+        (Megatron-Core) and attention (Transformer Engine) know this order.
+        """
+        if cp == 1:
+            return self
+        whole_S = torch.arange(self.tokens_BS.shape[1])
+        own_S = torch.cat(
+            [
+                sequence.chunk(2 * cp)[run]
+                for sequence in torch.split(whole_S, list(self.packed_lengths))
+                for run in (cp_rank, 2 * cp - 1 - cp_rank)
+            ]
+        )
+        place_S = torch.full_like(whole_S, -1)
+        place_S[own_S] = torch.arange(len(own_S))
+        predictor_T = place_S[self.predictor_T]
+        mine_T = predictor_T >= 0
+        return replace(
+            self,
+            tokens_BS=self.tokens_BS[:, own_S],
+            predictor_T=predictor_T[mine_T],
+            targets_T=self.targets_T[mine_T],
+            weights_T=self.weights_T[mine_T],
+            rollout_logprobs_T=self.rollout_logprobs_T[mine_T],
+            reference_logprobs_T=self.reference_logprobs_T[mine_T],
+            replicas_T=self.replicas_T[mine_T],
+        )
 
     def forward(self, model: Any) -> Tensor:
         """What this rank's model chunk makes of the tokens, or of the stage before."""
@@ -71,6 +104,9 @@ class MicroBatch:
             qkv_format="thd",
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
+            # Context parallelism asks for them: padding counts as a part of its sequence.
+            cu_seqlens_q_padded=bounds,
+            cu_seqlens_kv_padded=bounds,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
@@ -81,8 +117,7 @@ def micro_batches(
     split: Split,
     *,
     dp_rank: int,
-    packed: bool,
-    pad_to_multiple: int,
+    rows: Rows,
     algorithm: AlgorithmConfig,
     max_response_tokens: int,
 ) -> list[MicroBatch]:
@@ -100,12 +135,7 @@ def micro_batches(
     )
     first = sum(len(rank) for rank in split[:dp_rank])
     return [
-        collate(
-            [examples[number] for number in groups[place]],
-            weights[place],
-            packed=packed,
-            pad_to_multiple=pad_to_multiple,
-        )
+        collate([examples[number] for number in groups[place]], weights[place], rows)
         for place in range(first, first + len(split[dp_rank]))
     ]
 
@@ -114,14 +144,11 @@ def _num_trained(example: Example) -> int:
     return len(example.response_token_ids) if example.trained else 0
 
 
-def collate(
-    examples: Sequence[Example], weights: Sequence[float], *, packed: bool, pad_to_multiple: int
-) -> MicroBatch:
+def collate(examples: Sequence[Example], weights: Sequence[float], rows: Rows) -> MicroBatch:
     """Sequences end to end in one row, or each in a row of its own; padding on the right."""
     lengths = [example.num_tokens for example in examples]
-    size = num_positions(lengths, packed=packed, pad_to_multiple=pad_to_multiple)
-    width = size // len(lengths)
-    starts = accumulate(lengths[:-1], initial=0) if packed else range(0, size, width)
+    size, padded = rows.num_positions(lengths), rows.padded(lengths)
+    starts = accumulate(padded[:-1], initial=0)
     tokens = torch.zeros(size, dtype=torch.long)
     predictors: list[int] = []
     targets: list[int] = []
@@ -139,8 +166,8 @@ def collate(
         logprobs += example.rollout_logprobs or [float("nan")] * num_response
         replicas += [example.replica] * num_response
     return MicroBatch(
-        tokens_BS=tokens.view(1, size) if packed else tokens.view(-1, width),
-        packed_lengths=(*lengths, *filter(None, [size - sum(lengths)])) if packed else (),
+        tokens_BS=tokens.view(1 if rows.packed else len(examples), -1),
+        packed_lengths=(*padded, *filter(None, [size - sum(padded)])) if rows.packed else (),
         predictor_T=torch.tensor(predictors),
         targets_T=torch.tensor(targets),
         weights_T=torch.tensor(token_weights, dtype=torch.float32),

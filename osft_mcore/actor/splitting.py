@@ -5,10 +5,50 @@ its sequences.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heapreplace
 from itertools import count
 
+from osft_mcore.config.schema import ParallelConfig
+
 Split = list[list[list[int]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """How the sequences of a micro-batch lie in rows, and what these are padded to."""
+
+    packed: bool
+    """All in one row, end to end; else each in a row of its own."""
+    sequence_multiple: int = 1
+    """Of a packed sequence's length."""
+    row_multiple: int = 1
+    """Of a row's length."""
+
+    def padded(self, lengths: Sequence[int]) -> list[int]:
+        """Lengths that the sequences of a micro-batch take in their rows."""
+        if self.packed:
+            return [_rounded_up(length, self.sequence_multiple) for length in lengths]
+        return [_rounded_up(max(lengths), self.row_multiple)] * len(lengths)
+
+    def num_positions(self, lengths: Sequence[int]) -> int:
+        """What a micro-batch computes, padding included."""
+        total = sum(self.padded(lengths))
+        return _rounded_up(total, self.row_multiple) if self.packed else total
+
+
+def rows_of(parallel: ParallelConfig, *, packed: bool) -> Rows:
+    """What the layout asks of the rows.
+
+    Context-parallel ranks take two runs of every sequence each (`MicroBatch.share`), and rows are
+    always packed then. Sequence parallelism cuts what a rank has of a row once more.
+    """
+    cut = 2 * parallel.cp if parallel.cp > 1 else 1
+    return Rows(
+        packed=packed or parallel.cp > 1,
+        sequence_multiple=cut,
+        row_multiple=cut * parallel.tp if parallel.sequence_parallel else cut,
+    )
 
 
 def fixed_split(num_sequences: int, *, dp: int, micro_batch_size: int) -> Split:
@@ -26,9 +66,9 @@ def fixed_split(num_sequences: int, *, dp: int, micro_batch_size: int) -> Split:
 
 
 def budget_split(
-    lengths: Sequence[int], *, dp: int, max_tokens: int, pad_to_multiple: int, group: int
+    lengths: Sequence[int], *, dp: int, max_tokens: int, rows: Rows, group: int
 ) -> Split:
-    """Few micro-batches of at most `max_tokens` positions when packed, with like sums of lengths.
+    """Few micro-batches of at most `max_tokens` positions, with like sums of lengths.
 
     Sequences are sorted by length and dealt to the ranks back and forth, so that ranks have the
     same work, that of attention too. `group`: a rank's number of micro-batches is a multiple of it,
@@ -43,8 +83,7 @@ def budget_split(
 
     def fits(numbers: Sequence[int]) -> bool:
         found = [lengths[number] for number in numbers]
-        size = num_positions(found, packed=True, pad_to_multiple=pad_to_multiple)
-        return len(numbers) == 1 or size <= max_tokens
+        return len(numbers) == 1 or rows.num_positions(found) <= max_tokens
 
     def parts(numbers: Sequence[int]) -> list[list[int]]:
         least = -(-sum(lengths[number] for number in numbers) // (max_tokens * group)) * group
@@ -56,24 +95,18 @@ def budget_split(
     return [parts(numbers) for numbers in dealt]
 
 
-def padding_share(
-    lengths: Sequence[int], split: Split, *, packed: bool, pad_to_multiple: int
-) -> float:
+def padding_share(lengths: Sequence[int], split: Split, rows: Rows) -> float:
     """Of the positions of all forward passes of all ranks, the share that is padding."""
     positions = sum(
-        num_positions(
-            [lengths[number] for number in numbers], packed=packed, pad_to_multiple=pad_to_multiple
-        )
+        rows.num_positions([lengths[number] for number in numbers])
         for rank in split
         for numbers in rank
     )
     return 1.0 - sum(lengths) / positions
 
 
-def num_positions(lengths: Sequence[int], *, packed: bool, pad_to_multiple: int) -> int:
-    """What a micro-batch computes, padding included: one row of all sequences, or one for each."""
-    rows, width = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
-    return rows * -(-width // pad_to_multiple) * pad_to_multiple
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _even_parts(numbers: Sequence[int], lengths: Sequence[int], num: int) -> list[list[int]]:

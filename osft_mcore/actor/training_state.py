@@ -23,22 +23,22 @@ class StateTensor:
     tensor: Tensor
     """In the parameter's shape if it is whole, else flat."""
     owned: bool
-    """True on one of the data-parallel ranks that hold it."""
+    """True on one of the ranks that hold it."""
 
 
 def training_state(
-    optimizer: Any, parameters: Mapping[str, nn.Parameter], *, dp: int, dp_rank: int
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], *, copies: int, copy: int
 ) -> list[StateTensor]:
     """Everything that this rank trains with, in the order of `parameters`.
 
     Adam's moments are made (zero) where no update has made them yet. The distributed optimizer
-    holds a part of a parameter, or none, on each data-parallel rank.
+    holds a part of a parameter, or none, on each rank that has a copy of the weights.
     """
     held = {id(part.param): part for part in _held(optimizer)}
     state: list[StateTensor] = []
     for number, (name, param) in enumerate(parameters.items()):
-        # Every data-parallel rank has all weights; they share the work of writing them.
-        owner = number % dp == dp_rank
+        # Every copy is whole; they share the work of writing it.
+        owner = number % copies == copy
         state.append(_tensor("weight", name, param, param.data, 0, param.numel(), owned=owner))
         if id(param) not in held:
             continue

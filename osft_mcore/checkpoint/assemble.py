@@ -127,11 +127,6 @@ def has_engine_names(layouts: Layouts) -> bool:
     return any(_FUSED_NORM in name for at in layouts.values() for name in at)
 
 
-def sizes_of(topology: Topology) -> dict[str, int]:
-    """What an index says of the layout."""
-    return {"tp": topology.tp, "pp": topology.pp, "vpp": topology.vpp, "dp": topology.dp}
-
-
 def shard_pieces(shard: int, kind: Kind, layouts: Mapping[str, Layout]) -> list[Piece]:
     """Every parameter of one shard whole, in the shard's file."""
     return [

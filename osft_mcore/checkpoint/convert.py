@@ -15,7 +15,6 @@ from osft_mcore.checkpoint.assemble import (
     megatron_shards,
     shard_pieces,
     shard_specs,
-    sizes_of,
     values,
     write_as_torch_dist,
     write_contents,
@@ -87,7 +86,7 @@ def hf_to_mcore(
     job = {
         "conversion": f"hf to {target}",
         **_options(dtype, source=fingerprint(_files_of(hf, source))),
-        **sizes_of(topology),
+        **topology.actor_sizes(),
         "vocab_multiple": vocab_multiple,
     }
     watched = Watched(source, source.shape, dtype)
@@ -218,7 +217,7 @@ def _check_torch_dist(
 
 def _index(shards: Mapping[int, Mapping[str, Layout]], topology: Topology) -> Index:
     pieces = [p for shard, at in shards.items() for p in shard_pieces(shard, "weight", at)]
-    return Index(topology=sizes_of(topology), layouts=shards, pieces=tuple(pieces))
+    return Index(topology=topology.actor_sizes(), layouts=shards, pieces=tuple(pieces))
 
 
 def _options(dtype: torch.dtype | None, *, source: str) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class Index:
     """The parameters of every shard, and where their values are."""
 
     topology: Mapping[str, int]
-    """tp, pp, vpp, dp of the world that wrote it; nothing is read by them, verify_checkpoint holds
-    the layouts against them."""
+    """tp, cp, pp, vpp, dp of the world that wrote it; nothing is read by them, verify_checkpoint
+    holds the layouts against them."""
     layouts: Layouts
     """Shard (pp_rank * tp + tp_rank) -> parameter -> which rows of which Hugging Face tensors."""
     pieces: tuple[Piece, ...]

@@ -16,7 +16,6 @@ from osft_mcore.checkpoint.assemble import (
     megatron_shards,
     shard_pieces,
     shard_specs,
-    sizes_of,
     values,
     write_contents,
     write_parts,
@@ -83,7 +82,7 @@ def reshard(
         "conversion": "reshard",
         "source": checkpoint_fingerprint(mcore),
         "version": __version__,
-        **sizes_of(topology),
+        **topology.actor_sizes(),
         "vocab_multiple": vocab_multiple,
     }
     with staging(out, job) as opened:
@@ -96,7 +95,7 @@ def reshard(
             for shard, layouts in shards.items()
             for piece in shard_pieces(shard, tensors.kind, layouts)
         )
-        resharded = Index(topology=sizes_of(topology), layouts=shards, pieces=pieces)
+        resharded = Index(topology=topology.actor_sizes(), layouts=shards, pieces=pieces)
         copy_files(opened, mcore, others)
         write_contents(opened, {INDEX: json_bytes(to_json(resharded))})
         opened.publish({**read_details(mcore), "resharded_from": str(mcore.resolve())})

@@ -35,7 +35,7 @@ def check(
 ) -> None:
     """Raise one ConfigError with every combination that cannot work.
 
-    `world_size` None: not started yet, parallel.tp * pp * dp is taken. `shape` None: read from
+    `world_size` None: not started yet, parallel.tp * cp * pp * dp is taken. `shape` None: read from
     model.path. `need_files` False: what is in `absent_files` is no problem. Reads nothing else
     but whether files exist; the same answer on every rank.
     """
@@ -118,6 +118,7 @@ def _sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
         ("parallel.pp", config.parallel.pp),
         ("parallel.vpp", config.parallel.vpp),
         ("parallel.dp", config.parallel.dp),
+        ("parallel.cp", config.parallel.cp),
         ("rollout.tp", config.rollout.tp),
         ("rollout.num_samples", config.rollout.num_samples),
         ("rollout.max_prompt_tokens", config.rollout.max_prompt_tokens),
@@ -233,26 +234,28 @@ def _absent_inputs(config: RunConfig, phase: Phase) -> Iterator[str]:
 
 
 def _world(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    tp, pp, dp = config.parallel.tp, config.parallel.pp, config.parallel.dp
+    parallel = config.parallel
+    tp, cp, pp, dp = parallel.tp, parallel.cp, parallel.pp, parallel.dp
     if config.parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel: needs parallel.tp > 1, found 1"
     if config.parallel.vpp > 1 and pp == 1:
         yield f"parallel.vpp: found {config.parallel.vpp}, which needs parallel.pp > 1, found 1"
-    if min(tp, pp, dp) < 1 or world_size is None or world_size == tp * pp * dp:
+    shards, expected = tp * cp * pp, tp * cp * pp * dp
+    if min(tp, cp, pp, dp) < 1 or world_size is None or world_size == expected:
         return
-    if world_size % (tp * pp) == 0:
-        advice = f"change parallel.dp to {world_size // (tp * pp)}"
+    if world_size % shards == 0:
+        advice = f"change parallel.dp to {world_size // shards}"
     else:
-        advice = f"change parallel.tp and parallel.pp (tp * pp = {tp * pp} does not divide it)"
+        advice = f"change parallel.tp, cp and pp (tp * cp * pp = {shards} does not divide it)"
     yield (
-        f"parallel: tp * pp * dp = {tp} * {pp} * {dp} = {tp * pp * dp}, but the world has "
-        f"{world_size} processes; start {tp * pp * dp} processes or {advice}"
+        f"parallel: tp * cp * pp * dp = {tp} * {cp} * {pp} * {dp} = {expected}, but the world has "
+        f"{world_size} processes; start {expected} processes or {advice}"
     )
 
 
 def _rollout_world(config: RunConfig, world_size: int | None, phase: Phase) -> Iterator[str]:
     parallel, tp = config.parallel, config.rollout.tp
-    world = parallel.tp * parallel.pp * parallel.dp if world_size is None else world_size
+    world = parallel.world_size if world_size is None else world_size
     if world >= 1 and not divides(tp, world):
         yield (
             f"rollout.tp: {tp} does not divide the world of {world} processes; "

@@ -94,9 +94,15 @@ def _budget(config: RunConfig, budget: int) -> Iterator[str]:
         "rollout.max_prompt_tokens + max_response_tokens = "
         f"{rollout.max_prompt_tokens} + {rollout.max_response_tokens} = {longest}"
     )
-    if parallel.sequence_parallel and longest % max(parallel.tp, 1):
-        longest = -(-longest // parallel.tp) * parallel.tp
-        formula += f", padded to {longest} (a multiple of parallel.tp = {parallel.tp})"
+    multiples = {}
+    if parallel.cp > 1:
+        multiples["2 * parallel.cp"] = 2 * parallel.cp
+    if parallel.sequence_parallel:
+        multiples["parallel.tp"] = max(parallel.tp, 1)
+    multiple = math.prod(multiples.values())
+    if longest % multiple:
+        longest = -(-longest // multiple) * multiple
+        formula += f", padded to {longest} (a multiple of {' * '.join(multiples)} = {multiple})"
     if 1 <= budget < longest:
         yield (
             f"train.max_tokens_per_micro_batch: found {budget}, but a sequence may have {formula} "

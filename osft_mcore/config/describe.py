@@ -24,6 +24,11 @@ class RankPlace(Protocol):
         ...
 
     @property
+    def cp_rank(self) -> int:
+        """Rank in the actor's context-parallel group."""
+        ...
+
+    @property
     def dp_rank(self) -> int:
         """Rank in the actor's data-parallel group."""
         ...
@@ -108,8 +113,11 @@ def describe(
 
 def rank_table(ranks: Sequence[RankPlace]) -> str:
     """One line per rank: its actor shard and its rollout replica."""
-    header = ("rank", "tp", "dp", "pp", "rollout replica", "rollout tp")
-    rows = [(r.rank, r.tp_rank, r.dp_rank, r.pp_rank, r.replica, r.rollout_tp_rank) for r in ranks]
+    header = ("rank", "tp", "cp", "dp", "pp", "rollout replica", "rollout tp")
+    rows = [
+        (r.rank, r.tp_rank, r.cp_rank, r.dp_rank, r.pp_rank, r.replica, r.rollout_tp_rank)
+        for r in ranks
+    ]
     lines = [header, *(tuple(str(number) for number in row) for row in rows)]
     return "".join(
         "  ".join(cell.rjust(len(name)) for cell, name in zip(line, header, strict=True)) + "\n"

@@ -36,13 +36,6 @@ _EXPECTED: Final = {
 }
 
 
-_NOT_HERE: Final = {
-    "parallel.cp": "there is no context parallelism; parallel.tp > 1 with "
-    "parallel.sequence_parallel=true cuts long sequences over ranks",
-}
-"""Options that users of other programs look for, and what to take instead."""
-
-
 def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> RunConfig:
     """Compose `config_dir` (default: `default_config_dir()`) with command-line overrides.
 
@@ -280,8 +273,6 @@ def _schema_problems(path: str, detail: dict[str, Any]) -> list[str]:
 
 
 def _unknown(path: str, value: Any) -> str:
-    if path in _NOT_HERE:
-        return f"{path}: found {_show(value)}, but {_NOT_HERE[path]}"
     return f"{path}: unknown option{_suggest(path)}"
 
 

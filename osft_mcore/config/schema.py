@@ -35,7 +35,7 @@ class ModelConfig:
 @with_config(extra="forbid")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """The actor's layout. world = tp * pp * dp."""
+    """The actor's layout. world = tp * cp * pp * dp."""
 
     tp: int = 1
     """Tensor parallel size."""
@@ -45,12 +45,19 @@ class ParallelConfig:
     """Model chunks per pipeline stage (interleaved schedule); more than 1 needs pp > 1."""
     dp: int = 1
     """Data parallel size."""
+    cp: int = 1
+    """Context parallel size: each sequence is cut over so many ranks, all layers through."""
     sequence_parallel: bool = False
     """Shard activations along the sequence between tensor-parallel regions; needs tp > 1."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks."""
+    """Shard optimizer state over the ranks that hold the same weights (dp * cp)."""
     timeout_minutes: float = 30.0
     """A collective that takes longer than this stops the run."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.cp * self.pp * self.dp
 
 
 @with_config(extra="forbid")

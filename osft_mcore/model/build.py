@@ -132,6 +132,7 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=context.topology.tp,
+        context_parallel_size=context.topology.cp,
         pipeline_model_parallel_size=context.topology.pp,
         pipeline_model_parallel_layout=_pipeline_layout(shape.num_layers, context.topology),
         sequence_parallel=sequence_parallel,

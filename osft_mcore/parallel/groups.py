@@ -29,7 +29,6 @@ class ParallelContext:
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
     world_group: dist.ProcessGroup
     timeout_minutes: float
     """Longest that a collective may take."""
@@ -60,8 +59,8 @@ def parallel_context(topology: Topology, *, timeout_minutes: float) -> Iterator[
     world_size = launched_world_size() or 1
     if world_size != topology.world_size:
         raise ConfigError(
-            f"parallel: found {world_size} processes, expected tp*pp*dp = "
-            f"{topology.tp}*{topology.pp}*{topology.dp} = {topology.world_size}"
+            f"parallel: found {world_size} processes, expected tp*cp*pp*dp = {topology.tp}"
+            f"*{topology.cp}*{topology.pp}*{topology.dp} = {topology.world_size}"
         )
     device = _claim_device()
     dist.init_process_group(
@@ -99,6 +98,7 @@ def join_groups(
             pipeline_model_parallel_size=topology.pp,
             # Any number here, even 1, selects the interleaved schedule.
             virtual_pipeline_model_parallel_size=topology.vpp if topology.vpp > 1 else None,
+            context_parallel_size=topology.cp,
             distributed_timeout_minutes=math.ceil(timeout_minutes),
         )
         # Weights are loaded and dropout is off, so no random number is ever drawn; this tracker's
@@ -113,12 +113,18 @@ def join_groups(
         device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
         world_group=world,
         timeout_minutes=timeout_minutes,
     )
-    found = (context.tp_group.rank(), context.pp_group.rank(), context.dp_group.rank())
-    expected = (coordinates.tp_rank, coordinates.pp_rank, coordinates.dp_rank)
+    found = (
+        context.tp_group.rank(),
+        context.pp_group.rank(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+    place = coordinates
+    expected = (place.tp_rank, place.pp_rank, place.cp_rank, place.dp_rank, place.copy)
     assert found == expected, f"Megatron's rank order changed: {found} is not {expected}"
     return context
 

@@ -32,8 +32,11 @@ class Coordinates:
 
     rank: int
     tp_rank: int
+    cp_rank: int
     dp_rank: int
     pp_rank: int
+    copy: int
+    """Which of the ranks that hold the same weights this is."""
     replica: int
     """Rollout replica; its tensor-parallel group is a run of consecutive ranks."""
     rollout_tp_rank: int
@@ -41,11 +44,12 @@ class Coordinates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """Actor layout tp x dp x pp (Megatron's rank order, tp fastest) and rollout layout."""
+    """Actor layout tp x cp x dp x pp (Megatron's rank order, tp fastest) and rollout layout."""
 
     tp: int
     pp: int
     dp: int
+    cp: int = 1
     vpp: int = 1
     """Model chunks per pipeline stage; they share its ranks."""
     rollout_tp: int = 1
@@ -53,7 +57,12 @@ class Topology:
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.copies
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same weights, and share the optimizer's state."""
+        return self.cp * self.dp
 
     @property
     def micro_batch_group(self) -> int:
@@ -70,14 +79,21 @@ class Topology:
 
     def coordinates(self, rank: int) -> Coordinates:
         """Place of global rank `rank`."""
+        copy = rank // self.tp % self.copies
         return Coordinates(
             rank=rank,
             tp_rank=rank % self.tp,
-            dp_rank=rank // self.tp % self.dp,
-            pp_rank=rank // (self.tp * self.dp),
+            cp_rank=copy % self.cp,
+            dp_rank=copy // self.cp,
+            pp_rank=rank // (self.tp * self.copies),
+            copy=copy,
             replica=rank // self.rollout_tp,
             rollout_tp_rank=rank % self.rollout_tp,
         )
+
+    def actor_sizes(self) -> dict[str, int]:
+        """The actor's layout by the names of the options."""
+        return {axis: getattr(self, axis) for axis in ("tp", "cp", "pp", "vpp", "dp")}
 
     def all_coordinates(self) -> tuple[Coordinates, ...]:
         """Places of all ranks, by rank."""
@@ -88,6 +104,7 @@ def topology_of(parallel: ParallelConfig, *, rollout_tp: int) -> Topology:
     """The topology that the options ask for."""
     return Topology(
         tp=parallel.tp,
+        cp=parallel.cp,
         pp=parallel.pp,
         dp=parallel.dp,
         vpp=parallel.vpp,

@@ -31,7 +31,6 @@ from osft_mcore.files import json_bytes
 from osft_mcore.log.console import Console
 from osft_mcore.parallel.groups import all_gather_json
 from osft_mcore.parallel.rng import rng_state
-from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.room import lacking_room
 from osft_mcore.weights.safetensors_stream import TensorSpec, Values
 
@@ -248,17 +247,13 @@ def _index(actor: Actor, pieces: Sequence[Piece]) -> Index:
     topology = actor.context.topology
     places = topology.all_coordinates()
     return Index(
-        topology=_sizes(topology),
+        topology=topology.actor_sizes(),
         layouts={
             place.pp_rank * topology.tp + place.tp_rank: actor.layouts[place.rank]
             for place in places
         },
         pieces=tuple(pieces),
     )
-
-
-def _sizes(topology: Topology) -> dict[str, int]:
-    return {"tp": topology.tp, "pp": topology.pp, "vpp": topology.vpp, "dp": topology.dp}
 
 
 def _spec(state: StateTensor, shard: int) -> TensorSpec:

@@ -289,6 +289,7 @@ def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_ste
     console.say(
         f"actor: Megatron-Core tp={parallel.tp} pp={parallel.pp} dp={parallel.dp}"
         f"{f' vpp={parallel.vpp}' if parallel.vpp > 1 else ''}"
+        f"{f' cp={parallel.cp}' if parallel.cp > 1 else ''}"
         f"{' +sp' if parallel.sequence_parallel else ''}{_saving(config.train)};  "
         f"rollout: vLLM tp={rollout.tp}"
     )

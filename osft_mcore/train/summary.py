@@ -25,12 +25,7 @@ def summarise(
         "steps": loop.num_steps,
         "tau_sample": cfg.rollout.tau_sample,
         "tau_train": train_temperature(cfg.algorithm, cfg.rollout.tau_sample),
-        "actor_layout": {
-            "tp": topology.tp,
-            "pp": topology.pp,
-            "vpp": topology.vpp,
-            "dp": topology.dp,
-        },
+        "actor_layout": topology.actor_sizes(),
         "rollout_layout": {"tp": topology.rollout_tp, "replicas": topology.num_replicas},
         "weight_version": loop.sync.version,
         "weights_to_vllm": delivery_lines(loop.sync.deliveries),

@@ -75,7 +75,7 @@ def push_bytes(
     """
     if min(*astuple(topology), vocab_multiple) < 1 or topology.world_size % topology.rollout_tp:
         raise ConfigError(
-            f"rollout tp {topology.rollout_tp} must divide the world of tp * pp * dp = "
+            f"rollout tp {topology.rollout_tp} must divide the world of tp * cp * pp * dp = "
             f"{topology.world_size} ranks, and every size must be at least 1"
         )
     sources = actor_layouts(

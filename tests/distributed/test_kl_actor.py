@@ -60,7 +60,9 @@ def _train(
     **options: Any,
 ) -> Figures:
     tp, pp, vpp, dp, micro_batch_size = layout
-    context = join_groups(Topology(tp=tp, pp=pp, dp=dp, vpp=vpp), device=torch.device("cpu"))
+    cp = options.get("cp", 1)
+    topology = Topology(tp=tp, cp=cp, pp=pp, dp=dp, vpp=vpp)
+    context = join_groups(topology, device=torch.device("cpu"))
     model_config = ModelConfig(
         path=str(model), dtype="fp32", init=options.pop("init", "pretrained")
     )
@@ -89,7 +91,7 @@ def run(
 ) -> tuple[Figures, dict[str, Tensor]]:
     tp, pp, _, dp, _ = layout
     told = run_ranks(
-        _train, tp * pp * dp,
+        _train, tp * pp * dp * more.get("cp", 1),
         model=model, out=out, layout=layout, algorithm=algorithm, lr=lr, **more,
     )  # fmt: skip
     assert all(part == told[0] for part in told), "every rank reports the same figures"
@@ -117,8 +119,19 @@ def one_rank(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ((1, 2, 2, 1, 2), {}),
         ((2, 1, 1, 1, 2), {"sequence_parallel": True, "max_tokens": 24}),
         ((1, 2, 1, 1, 2), {"max_tokens": 24}),
+        ((1, 2, 1, 1, 2), {"cp": 2}),
     ],
-    ids=["micro2", "tp2", "pp2", "dp2", "tp2_sp", "pp2_vpp2", "tp2_sp_tokens", "pp2_tokens"],
+    ids=[
+        "micro2",
+        "tp2",
+        "pp2",
+        "dp2",
+        "tp2_sp",
+        "pp2_vpp2",
+        "tp2_sp_tokens",
+        "pp2_tokens",
+        "pp2_cp2",
+    ],
 )
 def test_updates_are_the_same_in_every_layout(
     models: Any, one_rank: Any, tmp_path: Path, layout: Layout, options: dict[str, Any]

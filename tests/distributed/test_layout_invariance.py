@@ -19,7 +19,7 @@ from osft_mcore.config.schema import (
     TrainConfig,
 )
 from osft_mcore.parallel.groups import join_groups
-from osft_mcore.parallel.topology import Topology
+from osft_mcore.parallel.topology import topology_of
 from osft_mcore.train.start import build_actor
 
 Layout = tuple[int, int, int, int, int]
@@ -53,10 +53,11 @@ def train(
     **parallel: Any,
 ) -> list[tuple[float, float, float, float]]:
     tp, pp, vpp, dp, micro_batch_size = layout
-    context = join_groups(Topology(tp=tp, pp=pp, dp=dp, vpp=vpp), device=torch.device("cpu"))
+    sizes = ParallelConfig(tp=tp, pp=pp, dp=dp, vpp=vpp, **parallel)
+    context = join_groups(topology_of(sizes, rollout_tp=1), device=torch.device("cpu"))
     config = RunConfig(
         model=ModelConfig(path=str(folder), dtype="fp32"),
-        parallel=ParallelConfig(tp=tp, pp=pp, dp=dp, vpp=vpp, **parallel),
+        parallel=sizes,
         train=TrainConfig(
             lr=LR,
             micro_batch_size=micro_batch_size,
@@ -86,7 +87,7 @@ def run(
     tp, pp, _, dp, _ = layout
     by_rank = run_ranks(
         train,
-        tp * pp * dp,
+        tp * pp * dp * parallel.get("cp", 1),
         folder=folder,
         out=out,
         layout=layout,
@@ -181,6 +182,31 @@ def test_micro_batches_by_tokens_change_nothing(
     found = run(
         model, tmp_path / "hf", layout, options=options, sequence_parallel=sequence_parallel
     )
+    assert_same(found, reference)
+
+
+@pytest.mark.parametrize(
+    ("layout", "cp", "parallel", "options"),
+    [((1, 1, 1, 1, 4), 2, {}, {}),
+     ((1, 1, 1, 1, 4), 4, {}, {"recompute_loss": True}),
+     ((2, 1, 1, 1, 2), 2, {"sequence_parallel": True}, {"recompute": "full"}),
+     ((1, 1, 1, 2, 2), 2, {"distributed_optimizer": False}, {}),
+     ((1, 2, 2, 1, 4), 2, {}, {"max_tokens_per_micro_batch": 30, "recompute": "selective"}),
+     ((1, 1, 1, 2, 4), 2, {}, {"max_tokens_per_micro_batch": 30, "offload": "all"})],
+    ids=["two", "four", "tp2_sp_full", "dp2_plain_optimizer", "pp2_vpp2_budget_selective",
+         "dp2_budget_offload"],
+)  # fmt: skip
+def test_cut_sequences_change_nothing(
+    model: Path,
+    reference: Any,
+    tmp_path: Path,
+    layout: Layout,
+    cp: int,
+    parallel: dict[str, bool],
+    options: dict[str, Any],
+) -> None:
+    """Context parallelism: most ranks have runs of padding alone, or no response token."""
+    found = run(model, tmp_path / "hf", layout, options=options, cp=cp, **parallel)
     assert_same(found, reference)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from osft_mcore.actor.batching import MicroBatch, collate
 from osft_mcore.actor.reference import Reference
+from osft_mcore.actor.splitting import Rows
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from osft_mcore.parallel.groups import join_groups
@@ -52,7 +53,7 @@ def log_probs(_rank: int, folder: Path, tp: int) -> LogProbs:
     before = [example(length, seed) for seed, length in enumerate(LENGTHS)]
 
     def batch(examples: list[Example], *, packed: bool) -> MicroBatch:
-        return collate(examples, [1.0] * len(examples), packed=packed, pad_to_multiple=tp)
+        return collate(examples, [1.0] * len(examples), Rows(packed=packed, row_multiple=tp))
 
     batches = [batch(before, packed=False), batch(before, packed=True)]
     for place, length in enumerate(LENGTHS):

@@ -34,8 +34,9 @@ NUM_STEPS = 12
 """Three epochs of four steps."""
 TP2 = Topology(tp=2, pp=1, dp=1, rollout_tp=2)
 PP2 = Topology(tp=1, pp=2, dp=1, rollout_tp=1)
+CP2 = Topology(tp=1, pp=1, dp=1, cp=2)
 TP1 = Topology(tp=1, pp=1, dp=1)
-OF_THE_LAYOUT = ("sync/bytes", "sync/peak")
+OF_THE_LAYOUT = ("sync/bytes", "sync/peak", "train/padding_share")
 
 
 def resume_config(start: Start, out: Path, topology: Topology, **options: Any) -> RunConfig:
@@ -152,10 +153,11 @@ def test_killed_after_every_step_it_is_the_run_left_alone(
 def test_the_layout_may_change_on_the_way(
     start: Start, undisturbed: dict[str, Path], tmp_path: Path
 ) -> None:
-    """TP2, killed, then PP2, killed, then one rank."""
+    """TP2, killed, then PP2, killed, then CP2, killed, then one rank."""
     out = tmp_path / "run"
     dies(resume_config(start, out, TP2), TP2, 5)
     dies(resume_config(start, out, PP2), PP2, 9)
+    dies(resume_config(start, out, CP2), CP2, 11)
     finish(resume_config(start, out, TP1), TP1)
     ours, theirs = (figures(at, *OF_THE_LAYOUT) for at in (out, undisturbed["tp2"]))
     assert len(ours) == len(theirs)
@@ -169,9 +171,9 @@ def test_the_layout_may_change_on_the_way(
             assert mine[name] == pytest.approx(value, rel=relative, abs=tolerance), name
     assert tokens(out) == tokens(undisturbed["tp2"])
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["resumed_at_step"] == 8
-    assert "parallel.pp: 2 -> 1" in manifest["changed_options"]
-    assert [at.get("resumed_at_step") for at in manifest["earlier"]] == [None, 4]
+    assert manifest["resumed_at_step"] == 10
+    assert "parallel.cp: 2 -> 1" in manifest["changed_options"]
+    assert [at.get("resumed_at_step") for at in manifest["earlier"]] == [None, 4, 8]
 
 
 def test_what_leaves_the_device_between_uses_comes_back(

@@ -245,7 +245,7 @@ def test_bad_input_is_one_error_before_a_rank_starts_and_on_every_rank(
 @pytest.mark.parametrize(
     ("launcher", "expected"),
     [
-        (as_rank(0, 3), ["parallel: tp * pp * dp = 2 * 1 * 1 = 2", "3 processes"]),
+        (as_rank(0, 3), ["parallel: tp * cp * pp * dp = 2 * 1 * 1 * 1 = 2", "3 processes"]),
         ({"RANK": "0"}, ["WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT: not set, but RANK set"]),
         ({"WORLD_SIZE": "2", "RANK": "1"}, ["MASTER_ADDR", "LOCAL_RANK"]),
         (as_rank(0, 2) | {"WORLD_SIZE": "two"}, ["WORLD_SIZE: found 'two'"]),

@@ -24,7 +24,7 @@ def test_a_dry_run_of_a_preset_needs_no_model_and_no_data(
     assert list(tmp_path.iterdir()) == []
     config = load_config(overrides)
     parallel, train = config.parallel, config.train
-    world = parallel.tp * parallel.pp * parallel.dp
+    world = parallel.world_size
     _, ranks, batches, absent = result.out.split("\n# ")[0:1] + result.out.split("\n# ")[1:]
     assert len(ranks.strip().splitlines()) == 2 + world
     answers = config.rollout.num_samples if phase == "train" else 1

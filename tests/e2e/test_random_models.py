@@ -71,7 +71,8 @@ class Case:
         m, t = self.model, self.topology
         tied = "tied" if m["tied"] else "untied"
         sizes = f"layers{m['layers']}-heads{m['heads']}:{m['kv_heads']}-vocab{m['vocab']}"
-        layout = f"tp{t.tp}-pp{t.pp}-vpp{t.vpp}-dp{t.dp}-to-tp{t.rollout_tp}"
+        axes = "-".join(f"{axis}{size}" for axis, size in t.actor_sizes().items())
+        layout = f"{axes}-to-tp{t.rollout_tp}"
         return f"{m['kind']}-{tied}-{sizes}-{layout}-{self.sync_mode}"
 
 
@@ -97,12 +98,12 @@ def cases(draw: st.DrawFn) -> Case:
 
 def _topology(choose: Choose) -> Topology:
     """Mostly worlds of two ranks, one for each core of a small machine."""
-    ones, twos = [(1, 1, 1)], [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
-    fours = [(2, 2, 1), (2, 1, 2), (1, 2, 2)]
-    tp, pp, dp = choose(choose([ones, twos, twos, twos, twos, fours]))
+    ones, twos = [(1, 1, 1, 1)], [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)]
+    fours = [(2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 2, 1), (2, 1, 1, 2)]
+    tp, pp, dp, cp = choose(choose([ones, twos, twos, twos, twos, fours]))
     vpp = choose([1, 2]) if pp > 1 else 1
-    rollout_tp = choose([n for n in (1, 2) if n <= tp * pp * dp])
-    return Topology(tp=tp, pp=pp, dp=dp, vpp=vpp, rollout_tp=rollout_tp)
+    rollout_tp = choose([n for n in (1, 2) if n <= tp * pp * dp * cp])
+    return Topology(tp=tp, pp=pp, dp=dp, cp=cp, vpp=vpp, rollout_tp=rollout_tp)
 
 
 def _model(choose: Choose, topology: Topology) -> dict[str, Any]:
@@ -233,6 +234,7 @@ PARTS: dict[str, Callable[[Case], bool]] = {
         lambda c: c.topology.vpp > 1 and c.model["layers"] % (c.topology.pp * c.topology.vpp) > 0
     ),
     "two data-parallel ranks": lambda c: c.topology.dp == 2,
+    "two context-parallel ranks": lambda c: c.topology.cp == 2,
     "sequence parallel": lambda c: c.sequence_parallel,
     "a window that hides nothing": lambda c: c.model.get("sliding_window") is not None,
     "one rank": lambda c: c.topology.world_size == 1,

@@ -151,7 +151,7 @@ def test_summary_tells_layouts_versions_and_times(runs: Runs) -> None:
     }  # fmt: skip
     assert (summary["steps"], summary["weight_version"]) == (NUM_STEPS, NUM_STEPS + 1)
     assert (summary["tau_sample"], summary["tau_train"]) == (0.6, 1.0)
-    assert summary["actor_layout"] == {"tp": 2, "pp": 1, "vpp": 1, "dp": 1}
+    assert summary["actor_layout"] == {"tp": 2, "cp": 1, "pp": 1, "vpp": 1, "dp": 1}
     assert summary["rollout_layout"] == {"tp": 2, "replicas": 1}
     [line] = summary["weights_to_vllm"]
     assert line.startswith("alias 100.0%: embed_tokens, ")

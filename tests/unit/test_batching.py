@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osft_mcore.actor.batching import MicroBatch, collate, micro_batches
-from osft_mcore.actor.splitting import fixed_split
-from osft_mcore.config.schema import AlgorithmConfig
+from osft_mcore.actor.splitting import Rows, fixed_split, rows_of
+from osft_mcore.config.schema import AlgorithmConfig, ParallelConfig
 from osft_mcore.records import Example
 
 TWO = [
@@ -22,7 +22,7 @@ TWO = [
 
 
 def test_collate_by_hand() -> None:
-    batch = collate(TWO, [0.5, 0.0], packed=False, pad_to_multiple=1)
+    batch = collate(TWO, [0.5, 0.0], Rows(packed=False))
     assert batch.tokens_BS.tolist() == [[11, 12, 13, 21, 22], [14, 23, 24, 25, 0]]
     assert batch.packed_lengths == ()
     # Flat indices of the tokens 13, 21 and 14, 23, 24: each predicts the one after it.
@@ -36,7 +36,7 @@ def test_collate_by_hand() -> None:
 
 @pytest.mark.parametrize(("multiple", "width"), [(1, 5), (2, 6), (4, 8), (5, 5), (8, 8)])
 def test_the_width_is_the_smallest_multiple_that_fits(multiple: int, width: int) -> None:
-    batch = collate(TWO, [0.5, 0.25], packed=False, pad_to_multiple=multiple)
+    batch = collate(TWO, [0.5, 0.25], Rows(packed=False, row_multiple=multiple))
     assert batch.tokens_BS.shape == (2, width)
     assert (batch.tokens_BS[0, 5:] == 0).all()
     tokens, following = batch.tokens_BS.flatten(), batch.predictor_T + 1
@@ -49,19 +49,74 @@ def test_the_width_is_the_smallest_multiple_that_fits(multiple: int, width: int)
 )
 def test_packed_by_hand(multiple: int, lengths: tuple[int, ...]) -> None:
     """The padding at the end is the last sequence, so that attention and rope cover it."""
-    batch = collate(TWO, [0.5, 0.0], packed=True, pad_to_multiple=multiple)
+    batch = collate(TWO, [0.5, 0.0], Rows(packed=True, row_multiple=multiple))
     padding = sum(lengths) - 9
     assert batch.tokens_BS.tolist() == [[11, 12, 13, 21, 22, 14, 23, 24, 25, *[0] * padding]]
     assert batch.packed_lengths == lengths
     assert batch.predictor_T.tolist() == [2, 3, 5, 6, 7]
-    padded = collate(TWO, [0.5, 0.0], packed=False, pad_to_multiple=1)
+    padded = collate(TWO, [0.5, 0.0], Rows(packed=False))
     assert torch.equal(batch.targets_T, padded.targets_T)
     assert torch.equal(batch.weights_T, padded.weights_T)
 
 
+def test_shares_by_hand() -> None:
+    """Two ranks: of four runs the first has the outer ones, the second the inner ones."""
+    rows = rows_of(ParallelConfig(cp=2), packed=False)
+    batch = collate(TWO, [0.5, 0.25], rows)
+    assert batch.tokens_BS.tolist() == [[11, 12, 13, 21, 22, 0, 0, 0, 14, 23, 24, 25]]
+    assert batch.packed_lengths == (8, 4)
+    assert batch.share(cp=1, cp_rank=0) is batch
+    outer, inner = (batch.share(cp=2, cp_rank=rank) for rank in range(2))
+    assert outer.tokens_BS.tolist() == [[11, 12, 0, 0, 14, 25]]
+    assert inner.tokens_BS.tolist() == [[13, 21, 22, 0, 23, 24]]
+    assert outer.packed_lengths == inner.packed_lengths == (8, 4)
+    # 13 predicts 21, 21 predicts 22; 14 predicts 23, and so on.
+    assert (outer.predictor_T.tolist(), outer.targets_T.tolist()) == ([4], [23])
+    assert (inner.predictor_T.tolist(), inner.targets_T.tolist()) == (
+        [0, 1, 4, 5],
+        [21, 22, 24, 25],
+    )
+    assert (outer.weights_T.tolist(), outer.replicas_T.tolist()) == ([0.25], [0])
+    assert inner.weights_T.tolist() == [0.5, 0.5, 0.25, 0.25]
+    assert inner.rollout_logprobs_T[:2].tolist() == [-0.5, -1.5]
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    cp=st.integers(2, 4),
+    tp=st.integers(1, 3),
+)
+def test_shares_are_equal_and_together_the_whole(
+    lengths: list[tuple[int, int]], cp: int, tp: int
+) -> None:
+    ids = iter(range(1, 1000))
+    examples = [
+        Example(
+            prompt_token_ids=tuple(next(ids) for _ in range(prompt)),
+            response_token_ids=tuple(next(ids) for _ in range(response)),
+        )
+        for prompt, response in lengths
+    ]
+    rows = rows_of(ParallelConfig(cp=cp, tp=tp, sequence_parallel=True), packed=True)
+    whole = collate(examples, [1.0] * len(examples), rows)
+    shares = [whole.share(cp=cp, cp_rank=cp_rank) for cp_rank in range(cp)]
+    size = whole.tokens_BS.shape[1] // cp
+    assert size % tp == 0
+    assert [tuple(share.tokens_BS.shape) for share in shares] == [(1, size)] * cp
+    together = torch.cat([share.tokens_BS for share in shares], dim=1)
+    assert torch.equal(together.sort().values, whole.tokens_BS.sort().values)
+    predicted = sorted(
+        (int(share.tokens_BS[0, place]), int(target))
+        for share in shares
+        for place, target in zip(share.predictor_T, share.targets_T, strict=True)
+    )
+    tokens = whole.tokens_BS[0, whole.predictor_T].tolist()
+    assert predicted == list(zip(tokens, whole.targets_T.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_to_moves_every_tensor(packed: bool) -> None:
-    batch = collate(TWO, [0.5, 0.25], packed=packed, pad_to_multiple=1)
+    batch = collate(TWO, [0.5, 0.25], Rows(packed=packed))
     moved = batch.to(torch.device("meta"))
     assert moved.packed_lengths == batch.packed_lengths
     tensors = set(MicroBatch.__slots__) - {"packed_lengths"}
@@ -87,8 +142,7 @@ def all_ranks(
             examples,
             split,
             dp_rank=dp_rank,
-            packed=False,
-            pad_to_multiple=2,
+            rows=Rows(packed=False, row_multiple=2),
             algorithm=algorithm,
             max_response_tokens=16,
         )

@@ -190,6 +190,18 @@ def test_a_budget_of_tokens_counts_what_sequence_parallelism_pads(options: list[
     assert "1023 + 3072 = 4095, padded to 4096 (a multiple of parallel.tp = 2) tokens" in problem
 
 
+def test_a_budget_of_tokens_counts_the_padding_of_cut_sequences(options: list[str]) -> None:
+    layout = ("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=3")
+    lengths = "rollout.max_prompt_tokens=1023"
+    (problem,) = problems_of(
+        options, *layout, lengths, "train.max_tokens_per_micro_batch=4103", world_size=6
+    )
+    padded = "4095, padded to 4104 (a multiple of 2 * parallel.cp * parallel.tp = 12) tokens"
+    assert padded in problem
+    enough = "train.max_tokens_per_micro_batch=4104"
+    assert problems_of(options, *layout, lengths, enough, world_size=6) == []
+
+
 def test_a_budget_of_tokens_needs_global_normalization_and_equal_ranks(options: list[str]) -> None:
     problems = problems_of(
         options,
@@ -253,9 +265,9 @@ def test_problems_of_all_kinds_come_back_together(options: list[str]) -> None:
 @pytest.mark.parametrize(
     ("world_size", "advice"),
     [
-        (8, "tp * pp * dp = 2 * 2 * 1 = 4, but the world has 8 processes; start 4 processes or "),
+        (8, "tp * cp * pp * dp = 2 * 1 * 2 * 1 = 4, but the world has 8 processes; start 4 "),
         (8, "change parallel.dp to 2"),
-        (6, "change parallel.tp and parallel.pp (tp * pp = 4 does not divide it)"),
+        (6, "change parallel.tp, cp and pp (tp * cp * pp = 4 does not divide it)"),
     ],
 )
 def test_a_world_of_the_wrong_size_shows_the_arithmetic(

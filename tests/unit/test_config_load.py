@@ -130,11 +130,6 @@ def test_all_problems_come_back_in_one_error() -> None:
         ("rollout.annealing=3", "rollout.annealing: found 3, expected a section of options"),
         ("lr=1", "lr: unknown option; did you mean train.lr?"),
         ("train.tp=1", "train.tp: unknown option; did you mean parallel.tp or rollout.tp?"),
-        (
-            "parallel.cp=2",
-            "parallel.cp: found 2, but there is no context parallelism; parallel.tp > 1 with "
-            "parallel.sequence_parallel=true cuts long sequences over ranks",
-        ),
         ("rolout.tp=1", "rolout.tp: unknown option; did you mean rollout.tp?"),
         ("rollout.anealing.mode=off", "did you mean rollout.annealing.mode?"),
         ("zzzzzz=1", "zzzzzz: unknown option"),

@@ -34,12 +34,12 @@ def test_steps_are_unknown_without_the_size_of_the_data() -> None:
 
 
 def test_rank_table_has_one_aligned_line_per_rank() -> None:
-    ranks = Topology(tp=2, pp=2, dp=3, rollout_tp=4).all_coordinates()
+    ranks = Topology(tp=2, cp=2, pp=2, dp=3, rollout_tp=4).all_coordinates()
     header, *lines = rank_table(ranks).splitlines()
-    assert header.split()[0] == "rank"
-    assert len(lines) == 12
+    assert header.split() == ["rank", "tp", "cp", "dp", "pp", "rollout", "replica", "rollout", "tp"]
+    assert len(lines) == 24
     assert len({len(line) for line in [header, *lines]}) == 1
-    assert [int(number) for number in lines[9].split()] == [9, 1, 1, 1, 2, 1]
+    assert [int(number) for number in lines[19].split()] == [19, 1, 1, 1, 1, 4, 3]
 
 
 def test_a_budget_of_tokens_leaves_the_number_of_micro_batches_open() -> None:

@@ -84,5 +84,5 @@ def test_pairs_leave_out_what_the_heads_do_not_allow(tmp_path: Path) -> None:
 def test_a_rollout_that_does_not_fit_is_one_clear_error(tmp_path: Path) -> None:
     shown = show(tmp_path, "--tp", "3", "--rollout-tp", "2")
     assert shown.returncode != 0
-    assert "rollout tp 2 must divide the world of tp * pp * dp = 3 ranks" in shown.stderr
+    assert "rollout tp 2 must divide the world of tp * cp * pp * dp = 3 ranks" in shown.stderr
     assert "Traceback" not in shown.stderr

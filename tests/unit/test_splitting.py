@@ -9,13 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osft_mcore.actor.splitting import (
+    Rows,
     Split,
     budget_split,
     fixed_split,
-    num_positions,
     padding_share,
+    rows_of,
 )
+from osft_mcore.config.schema import ParallelConfig
 
+PACKED = Rows(packed=True)
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=24)
 
 
@@ -27,15 +30,29 @@ def long_tailed(num: int, seed: int) -> list[int]:
 
 def packed(lengths: list[int], numbers: list[int], multiple: int = 1) -> int:
     found = [lengths[number] for number in numbers]
-    return num_positions(found, packed=True, pad_to_multiple=multiple)
+    return Rows(packed=True, row_multiple=multiple).num_positions(found)
 
 
 def test_positions_by_hand() -> None:
-    assert num_positions([5, 2, 4], packed=False, pad_to_multiple=1) == 15
-    assert num_positions([5, 2, 4], packed=False, pad_to_multiple=4) == 24
-    assert num_positions([5, 2, 4], packed=True, pad_to_multiple=1) == 11
-    assert num_positions([5, 2, 4], packed=True, pad_to_multiple=4) == 12
-    assert num_positions([5, 2, 1], packed=True, pad_to_multiple=4) == 8
+    assert Rows(packed=False).num_positions([5, 2, 4]) == 15
+    assert Rows(packed=False, row_multiple=4).num_positions([5, 2, 4]) == 24
+    assert PACKED.num_positions([5, 2, 4]) == 11
+    assert Rows(packed=True, row_multiple=4).num_positions([5, 2, 4]) == 12
+    assert Rows(packed=True, row_multiple=4).num_positions([5, 2, 1]) == 8
+    cut = Rows(packed=True, sequence_multiple=4, row_multiple=8)
+    assert (cut.padded([5, 2, 4]), cut.num_positions([5, 2, 4])) == ([8, 4, 4], 16)
+    assert (cut.padded([5, 2, 5]), cut.num_positions([5, 2, 5])) == ([8, 4, 8], 24)
+
+
+def test_rows_of_a_layout() -> None:
+    def rows(*, packed: bool, cp: int, sp: bool) -> tuple[bool, int, int]:
+        found = rows_of(ParallelConfig(cp=cp, tp=3, sequence_parallel=sp), packed=packed)
+        return found.packed, found.sequence_multiple, found.row_multiple
+
+    assert rows(packed=False, cp=1, sp=False) == (False, 1, 1)
+    assert rows(packed=True, cp=1, sp=True) == (True, 1, 3)
+    assert rows(packed=False, cp=2, sp=False) == (True, 4, 4)
+    assert rows(packed=True, cp=4, sp=True) == (True, 8, 24)
 
 
 def test_fixed_by_hand() -> None:
@@ -44,17 +61,17 @@ def test_fixed_by_hand() -> None:
 
 def test_a_budget_by_hand() -> None:
     lengths = [1000, 10, 990, 20, 500, 500]
-    split = budget_split(lengths, dp=1, max_tokens=2000, pad_to_multiple=1, group=1)
+    split = budget_split(lengths, dp=1, max_tokens=2000, rows=PACKED, group=1)
     # Two passes will do; the longest goes first, each to where there is least so far.
     assert split == [[[0, 5, 1], [2, 4, 3]]]
-    assert padding_share(lengths, split, packed=True, pad_to_multiple=1) == 0
+    assert padding_share(lengths, split, PACKED) == 0
     # Each has 1510 tokens.
-    share = padding_share(lengths, split, packed=True, pad_to_multiple=8)
+    share = padding_share(lengths, split, Rows(packed=True, row_multiple=8))
     assert share == pytest.approx(1 - 3020 / 3024)
     # 3020 tokens do not fit into three times 1000.
-    split = budget_split(lengths, dp=1, max_tokens=1000, pad_to_multiple=1, group=1)
+    split = budget_split(lengths, dp=1, max_tokens=1000, rows=PACKED, group=1)
     assert split == [[[0], [2], [4, 3], [5, 1]]]
-    split = budget_split(lengths, dp=1, max_tokens=2000, pad_to_multiple=1, group=3)
+    split = budget_split(lengths, dp=1, max_tokens=2000, rows=PACKED, group=3)
     assert split == [[[0, 1], [2, 3], [4, 5]]]
 
 
@@ -70,7 +87,8 @@ def test_every_sequence_once_within_the_budget(
 ) -> None:
     """The smaller budget is below some sequences: these are alone."""
     lengths = lengths * dp * group
-    split = budget_split(lengths, dp=dp, max_tokens=budget, pad_to_multiple=multiple, group=group)
+    rows = Rows(packed=True, row_multiple=multiple)
+    split = budget_split(lengths, dp=dp, max_tokens=budget, rows=rows, group=group)
     passes = [numbers for rank in split for numbers in rank]
     assert sorted(itertools.chain(*passes)) == list(range(len(lengths)))
     assert len(split) == dp
@@ -90,7 +108,7 @@ def test_few_passes_and_equal_work_on_long_tails(num: int, dp: int, seed: int) -
     def sums(numbers: list[list[int]], power: int) -> list[int]:
         return [sum(lengths[number] ** power for number in part) for part in numbers]
 
-    split: Split = budget_split(lengths, dp=dp, max_tokens=budget, pad_to_multiple=1, group=1)
+    split: Split = budget_split(lengths, dp=dp, max_tokens=budget, rows=PACKED, group=1)
     ranks = [[number for numbers in rank for number in numbers] for rank in split]
     tokens = sums(ranks, 1)
     assert max(tokens) <= 1.1 * sum(tokens) / dp
@@ -98,5 +116,5 @@ def test_few_passes_and_equal_work_on_long_tails(num: int, dp: int, seed: int) -
         assert len(rank) <= math.ceil(num_tokens / budget) + 1
         assert max(sums(rank, 1)) <= 1.1 * num_tokens / len(rank)
     of_four = fixed_split(num, dp=dp, micro_batch_size=4)
-    assert padding_share(lengths, split, packed=True, pad_to_multiple=8) <= 0.002
-    assert padding_share(lengths, of_four, packed=False, pad_to_multiple=1) >= 0.3
+    assert padding_share(lengths, split, Rows(packed=True, row_multiple=8)) <= 0.002
+    assert padding_share(lengths, of_four, Rows(packed=False)) >= 0.3

@@ -12,29 +12,38 @@ SIZES = st.integers(1, 6)
 
 
 def topologies() -> st.SearchStrategy[Topology]:
-    def with_rollout(sizes: tuple[int, int, int]) -> st.SearchStrategy[Topology]:
-        tp, pp, dp = sizes
-        world = tp * pp * dp
+    def with_rollout(sizes: tuple[int, int, int, int]) -> st.SearchStrategy[Topology]:
+        tp, cp, pp, dp = sizes
+        world = tp * cp * pp * dp
         divisors = [n for n in range(1, world + 1) if world % n == 0]
         return st.sampled_from(divisors).map(
-            lambda rollout_tp: Topology(tp=tp, pp=pp, dp=dp, rollout_tp=rollout_tp)
+            lambda rollout_tp: Topology(tp=tp, cp=cp, pp=pp, dp=dp, rollout_tp=rollout_tp)
         )
 
-    return st.tuples(SIZES, SIZES, SIZES).flatmap(with_rollout)
+    return st.tuples(SIZES, st.integers(1, 3), SIZES, SIZES).flatmap(with_rollout)
 
 
 @given(topologies())
 def test_groups_are_megatrons(topology: Topology) -> None:
     """Same groups in the same order, hence the same rank inside each group."""
     generator = RankGenerator(
-        tp=topology.tp, ep=1, dp=topology.dp, pp=topology.pp, cp=1, order="tp-cp-ep-dp-pp"
+        tp=topology.tp,
+        cp=topology.cp,
+        ep=1,
+        dp=topology.dp,
+        pp=topology.pp,
+        order="tp-cp-ep-dp-pp",
     )
     places = topology.all_coordinates()
-    groups: dict[str, dict[tuple[int, int], dict[int, int]]] = {"tp": {}, "dp": {}, "pp": {}}
+    groups: dict[str, dict[tuple[int, ...], dict[int, int]]] = {
+        "tp": {}, "cp": {}, "dp": {}, "cp-dp": {}, "pp": {},
+    }  # fmt: skip
     for p in places:
-        groups["tp"].setdefault((p.pp_rank, p.dp_rank), {})[p.tp_rank] = p.rank
-        groups["dp"].setdefault((p.pp_rank, p.tp_rank), {})[p.dp_rank] = p.rank
-        groups["pp"].setdefault((p.dp_rank, p.tp_rank), {})[p.pp_rank] = p.rank
+        groups["tp"].setdefault((p.pp_rank, p.dp_rank, p.cp_rank), {})[p.tp_rank] = p.rank
+        groups["cp"].setdefault((p.pp_rank, p.dp_rank, p.tp_rank), {})[p.cp_rank] = p.rank
+        groups["dp"].setdefault((p.pp_rank, p.cp_rank, p.tp_rank), {})[p.dp_rank] = p.rank
+        groups["cp-dp"].setdefault((p.pp_rank, p.tp_rank), {})[p.copy] = p.rank
+        groups["pp"].setdefault((p.dp_rank, p.cp_rank, p.tp_rank), {})[p.pp_rank] = p.rank
     for axis, by_group in groups.items():
         own = [[rank for _, rank in sorted(by_group[group].items())] for group in sorted(by_group)]
         assert own == generator.get_ranks(axis)
@@ -44,10 +53,10 @@ def test_groups_are_megatrons(topology: Topology) -> None:
 def test_every_place_is_taken_once_in_both_layouts(topology: Topology) -> None:
     places = topology.all_coordinates()
     assert [p.rank for p in places] == list(range(topology.world_size))
-    actor = {(p.tp_rank, p.dp_rank, p.pp_rank) for p in places}
+    actor = {(p.tp_rank, p.cp_rank, p.dp_rank, p.pp_rank) for p in places}
     rollout = {(p.replica, p.rollout_tp_rank) for p in places}
     assert len(actor) == len(rollout) == topology.world_size
-    sizes = (topology.tp, topology.dp, topology.pp)
+    sizes = (topology.tp, topology.cp, topology.dp, topology.pp)
     assert all(0 <= at < size for place in actor for at, size in zip(place, sizes, strict=True))
     assert {replica for replica, _ in rollout} == set(range(topology.num_replicas))
     assert {tp_rank for _, tp_rank in rollout} == set(range(topology.rollout_tp))
@@ -65,6 +74,14 @@ def test_an_example_to_check_by_eye() -> None:
     place = Topology(tp=2, pp=2, dp=2, rollout_tp=4).coordinates(5)
     assert (place.tp_rank, place.dp_rank, place.pp_rank) == (1, 0, 1)
     assert (place.replica, place.rollout_tp_rank) == (1, 1)
+
+
+def test_an_example_of_cut_sequences_to_check_by_eye() -> None:
+    """8 ranks as tp 2, cp 2, dp 2: rank 5 begins the second batch share's first sequence half."""
+    topology = Topology(tp=2, cp=2, pp=1, dp=2)
+    place = topology.coordinates(5)
+    assert (place.tp_rank, place.cp_rank, place.dp_rank, place.copy) == (1, 0, 1, 2)
+    assert (topology.world_size, topology.copies) == (8, 4)
 
 
 def test_chunks_leave_every_rank_in_its_place() -> None:

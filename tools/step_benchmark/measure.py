@@ -14,6 +14,7 @@ import torch
 
 from osft_mcore.actor.actor import Actor
 from osft_mcore.actor.result import UpdateResult
+from osft_mcore.actor.splitting import Rows
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from osft_mcore.parallel.groups import alone
@@ -104,7 +105,10 @@ def _update(
     max_tokens = budget if way == "budget" else None
     actor.train = replace(actor.train, max_tokens_per_micro_batch=max_tokens)
     whole = max(example.num_tokens for example in batch)
-    actor.pad_to_multiple = whole if way == "longest of the batch" else 1
+    actor.rows = Rows(
+        packed=max_tokens is not None,
+        row_multiple=whole if way == "longest of the batch" else 1,
+    )
     started = time.monotonic()
     result = actor.update(batch, tau_sample=1.0, lr=0.0)
     assert math.isfinite(result.loss), "the loss of a random model is finite"
