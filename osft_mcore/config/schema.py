@@ -191,7 +191,8 @@ class DataConfig:
     prompt_suffix: str = ""
     """Appended to the user turn."""
     chat_template: str | None = None
-    """File with a Jinja chat template; None: the tokenizer's own."""
+    """File with a Jinja chat template; None: the tokenizer's own. Not for prompts that are token
+    ids."""
 
 
 @with_config(extra="forbid")

@@ -18,6 +18,7 @@ from osft_mcore.train.earlier import batches_of, check_earlier, check_pass_left
 from osft_mcore.train.inputs import (
     load_held_out,
     load_sft_examples,
+    load_sft_tokenizer,
     load_train_prompts,
     total_steps,
 )
@@ -61,7 +62,10 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
         steps.append(partial(check_earlier, config, phase))
     errors = [error for step in steps if (error := _error_of(step)) is not None]
     try:
-        tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+        if phase == "sft":
+            tokenizer = load_sft_tokenizer(config)
+        else:
+            tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     except OsftError as error:
         return (*errors, error)
     return (*errors, *_data_errors(config, phase, tokenizer, point))
