@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,10 +105,14 @@ def test_an_offline_update_is_the_online_update(
     assert any(row["truncated"] for row in ours)
 
     convert_solutions(solutions, tmp_path / "sft.parquet", truncated="keep")
+    # Token ids are not rendered.
+    shutil.copytree(start[1], tmp_path / "no_template")
+    (tmp_path / "no_template" / "chat_template.jinja").unlink()
     train = online.train
     offline = replace(
         online,
         output_dir=str(tmp_path / "offline"),
+        model=replace(online.model, path=str(tmp_path / "no_template")),
         train=replace(
             train,
             prompts_per_step=train.prompts_per_step * NUM_SAMPLES,
