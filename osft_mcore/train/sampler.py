@@ -83,7 +83,7 @@ def fill_engine(engine: RolloutEngine, config: RunConfig, context: ParallelConte
         engine.reload(start_tensors(shape, model, dtype=dtype, seed=config.seed))
     else:
         load_start_weights(params, engine.layouts[context.rank], shape, model, seed=config.seed)
-        if problems := non_finite(params):
+        if problems := non_finite(params, whose="the engine's"):
             raise WeightError(f"model.path: {problems[0]}")
     engine.finish_update(WEIGHT_VERSION)
 
