@@ -27,9 +27,17 @@ def batch_problems(config: RunConfig, phase: Phase) -> Iterator[str]:
         yield from _budget(config, train.max_tokens_per_micro_batch)
 
 
-def packs_fp32(config: RunConfig) -> bool:
-    """True if sequences are packed in fp32, which Transformer Engine's attention cannot do."""
-    return config.train.max_tokens_per_micro_batch is not None and config.model.dtype == "fp32"
+def packs_fp32(config: RunConfig) -> str:
+    """The option that packs sequences in fp32, which Transformer Engine's attention cannot do.
+
+    Empty if none does.
+    """
+    if config.model.dtype != "fp32":
+        return ""
+    if config.parallel.cp > 1:
+        return "parallel.cp"
+    budget = config.train.max_tokens_per_micro_batch
+    return "" if budget is None else "train.max_tokens_per_micro_batch"
 
 
 def _unequal_ranks(config: RunConfig, phase: Phase) -> Iterator[str]:

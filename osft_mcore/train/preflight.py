@@ -150,16 +150,17 @@ def _check_output_dir(config: RunConfig) -> None:
 
 
 def _check_attention(config: RunConfig) -> None:
-    if not packs_fp32(config) or device_type() == "cpu":
+    option = packs_fp32(config)
+    if not option or device_type() == "cpu":
         return
     with warnings.catch_warnings(action="ignore"):
         # Here, because Megatron-Core takes seconds to import, and few runs ask.
         from osft_mcore.model.kernels import uses_transformer_engine
     if uses_transformer_engine():
         raise ConfigError(
-            "train.max_tokens_per_micro_batch: found it with model.dtype=fp32, but attention is "
-            "Transformer Engine's here, which has no fp32 over packed sequences; set model.dtype "
-            "to bf16, or use train.micro_batch_size"
+            f"{option}: found it with model.dtype=fp32, but attention is Transformer Engine's "
+            "here, which has no fp32 over packed sequences; set model.dtype to bf16, or do without "
+            f"{option}"
         )
 
 

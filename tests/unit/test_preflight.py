@@ -117,9 +117,9 @@ def test_a_pass_that_goes_on_is_told_once_of_a_model_without_weights(config: Run
 
 @pytest.mark.parametrize("engine", [True, False])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("budget", [None, 64])
+@pytest.mark.parametrize("option", ["", "train.max_tokens_per_micro_batch", "parallel.cp"])
 def test_packing_in_fp32_is_refused_where_transformer_engine_serves(
-    budget: int | None,
+    option: str,
     dtype: Literal["fp32", "bf16"],
     engine: bool,
     config: RunConfig,
@@ -129,11 +129,16 @@ def test_packing_in_fp32_is_refused_where_transformer_engine_serves(
     found = Installed(cuda=True, transformer_engine=engine, adam="torch")
     monkeypatch.setattr(kernels, "installed", lambda: found)
     monkeypatch.setattr(preflight, "device_type", lambda: "cuda")
-    train = replace(config.train, max_tokens_per_micro_batch=budget)
-    config = replace(config, train=train, model=replace(config.model, dtype=dtype))
+    budget = 64 if option.startswith("train") else None
+    config = replace(
+        config,
+        train=replace(config.train, max_tokens_per_micro_batch=budget),
+        parallel=replace(config.parallel, cp=2 if option.endswith("cp") else 1),
+        model=replace(config.model, dtype=dtype),
+    )
     lines = lines_of(config)
-    if engine and dtype == "fp32" and budget:
+    if engine and dtype == "fp32" and option:
         [line] = lines
-        assert "train.max_tokens_per_micro_batch: found it with model.dtype=fp32, but" in line
+        assert f"{option}: found it with model.dtype=fp32, but attention is" in line
     else:
         assert lines == []
