@@ -29,14 +29,15 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def whole_prompts(max_model_len: int) -> dict[str, Any]:
-    """Options with which the engine reads a prompt in one pass, never in parts.
+def cpu_options(*, kv_cache_gib: float, max_model_len: int) -> dict[str, Any]:
+    """How much memory the engine takes; and it reads a prompt in one pass, never in parts.
 
     After a part vLLM 0.32.0 takes back the random number that it drew in vain, by the generator's
     offset. A CPU generator has none, and the engine dies of it: as soon as the prompts that wait
     for a pass have more tokens than fit into it.
     """
     return {
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(max_model_len, TOKENS_PER_PASS),
     }

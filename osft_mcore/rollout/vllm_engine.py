@@ -24,12 +24,12 @@ from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.records import Prompt, Response, Sampling
 from osft_mcore.rollout.engine import sample_seed, samples_whole_vocabulary
 from osft_mcore.rollout.vllm_cpu import (
+    cpu_options,
     eager_sampling,
     live_parameters,
     prepare_environment,
     private_shared_memory,
     return_freed_memory,
-    whole_prompts,
 )
 from osft_mcore.rollout.vllm_layout import engine_layouts
 from osft_mcore.rollout.vllm_reload import reload_model
@@ -62,15 +62,12 @@ class VllmEngine:
         self.enforce_eager = rollout.enforce_eager
         self.weight_version: int | None = None
         self.refusal: str | None = None
-        on_cpu = context.device.type == "cpu"
-        memory: dict[str, Any] = (
-            {"kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30)}
-            if on_cpu
-            else {"gpu_memory_utilization": rollout.gpu_memory_utilization}
-        )
         run_token = all_gather_json(secrets.token_hex(4), context)[0]
         timeout_s = int(60 * context.timeout_minutes)
         max_model_len = rollout.max_prompt_tokens + rollout.max_response_tokens
+        own: dict[str, Any] = {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        if context.device.type == "cpu":
+            own = cpu_options(kv_cache_gib=rollout.kv_cache_gib, max_model_len=max_model_len)
         layout = live_parameters() if live_weights else contextlib.nullcontext()
         with layout, private_shared_memory(run_token), _refusal_as_config_error():
             self.llm = LLM(
@@ -91,8 +88,7 @@ class VllmEngine:
                 distributed_timeout_seconds=timeout_s,
                 cpu_distributed_timeout_seconds=timeout_s,
                 seed=seed,
-                **memory,
-                **(whole_prompts(max_model_len) if on_cpu else {}),
+                **own,
             )
 
     @property
