@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser().parse_args(given)
+    arguments = _arguments(given)
     try:
         return _run(given, arguments)
     except OsftError as error:
@@ -102,6 +102,16 @@ def _hidden_by(
         hidden = [problem for problem in more.problems if problem not in error.problems]
         return [f"without the above: {problem}" for problem in hidden]
     return []
+
+
+def _arguments(given: Sequence[str]) -> argparse.Namespace:
+    """Overrides may stand before and after flags; argparse alone takes them in one run only."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(given)
+    if unknown := [text for text in rest if text.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from osft_mcore.errors import WeightError
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.weights.layout import Interval, Layout
 
-_AXES: Final = ("tp", "pp", "vpp", "dp")
+_AXES: Final = ("tp", "cp", "pp", "vpp", "dp")
 _OF_VOCAB: Final = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -50,15 +50,17 @@ def check_layout(index: Index, shape: ModelShape) -> str:
 
 def _topology(index: Index) -> Topology:
     """What the index states. Raises WeightError if that is no layout, or shards are not its own."""
+    # Checkpoints of before there was context parallelism do not state it.
+    stated = {"cp": 1, **index.topology}
     problems = [
-        f"{INDEX} states {axis} {index.topology.get(axis)}, expected 1 or more"
+        f"{INDEX} states {axis} {stated.get(axis)}, expected 1 or more"
         for axis in _AXES
-        if index.topology.get(axis, 0) < 1
+        if stated.get(axis, 0) < 1
     ]
     if problems:
         raise WeightError("\n".join(problems))
-    # Data-parallel copies hold the same rows.
-    tp, pp, vpp, _ = (index.topology[axis] for axis in _AXES)
+    tp, pp, vpp = stated["tp"], stated["pp"], stated["vpp"]
+    # Of the ranks of cp and dp each holds the same rows.
     topology = Topology(tp=tp, pp=pp, vpp=vpp, dp=1)
     found, num_shards = sorted(index.layouts), tp * pp
     # The number first: what is stated may be beyond measure.

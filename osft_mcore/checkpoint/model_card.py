@@ -12,6 +12,8 @@ import yaml
 
 from osft_mcore.checkpoint.folder import STATE
 from osft_mcore.checkpoint.manifest import MANIFEST
+from osft_mcore.config.schema import AnnealingConfig
+from osft_mcore.config.temperature import sampling_words
 
 _TAGS: Final = ("osft-mcore", "megatron-core")
 _METHODS: Final = {
@@ -173,9 +175,7 @@ def _provenance_rows(at: Provenance) -> Iterator[tuple[str, str]]:
     for words, option in _PLANNED:
         if at.phase == "sft" and option in _OF_SAMPLING:
             continue
-        value = _option(at.options, option)
-        if option == "algorithm.tau_train" and _option(at.options, "algorithm.follow_tau_sample"):
-            value = "the sampling temperature of each step"
+        value = _planned(at.options, option)
         yield words, _UNKNOWN if value is None else str(value)
     coef = _option(at.options, "algorithm.kl_coef")
     if _is_number(coef) and coef > 0:
@@ -187,6 +187,29 @@ def _provenance_rows(at: Provenance) -> Iterator[tuple[str, str]]:
         yield "negative log-likelihood of the last batch", f"{at.metrics['loss/nll']:.4g}"
     packages = _section(at.manifest, "packages")
     yield "packages", ", ".join(f"{name} {v}" for name, v in packages.items()) or _UNKNOWN
+
+
+def _planned(options: Mapping[str, Any], option: str) -> Any:
+    if option == "rollout.tau_sample" and (words := _annealed(options)):
+        return words
+    if option == "algorithm.tau_train" and _option(options, "algorithm.follow_tau_sample"):
+        return "the sampling temperature of each step"
+    return _option(options, option)
+
+
+def _annealed(options: Mapping[str, Any]) -> str:
+    """From which sampling temperature to which; empty if it stays, or is not known well enough."""
+    start = _option(options, "rollout.tau_sample")
+    annealing = _section(_section(options, "rollout"), "annealing")
+    mode, end = annealing.get("mode"), annealing.get("end_tau")
+    length = (annealing.get("steps"), annealing.get("epochs"))
+    steps, epochs = (at if isinstance(at, int) else None for at in length)
+    if mode not in ("linear", "cosine") or not (_is_number(start) and _is_number(end)):
+        return ""
+    if steps is None and epochs is None:
+        return f"{start:g} to {end:g}, {mode}"
+    found = AnnealingConfig(mode=mode, end_tau=end, steps=steps, epochs=epochs or 0)
+    return sampling_words(start, found)
 
 
 def _evaluation(at: Provenance) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Protocol
 from osft_mcore.config.check_batches import sequences_per_update
 from osft_mcore.config.load import to_yaml
 from osft_mcore.config.phases import trains
-from osft_mcore.config.schema import Phase, RunConfig, TrainConfig
+from osft_mcore.config.schema import Phase, RunConfig
 
 
 class RankPlace(Protocol):
@@ -157,17 +157,21 @@ def batch_table(config: RunConfig, *, phase: Phase, num_prompts: int | None = No
             f"{batch.sequences_per_update} / {dp}",
             "sequences an update / parallel.dp",
         ),
-        _micro_batch_line(train, batch),
+        _micro_batch_line(config, batch),
         *_length_lines(config, batch, num_prompts),
     ]
     return _aligned(lines)
 
 
-def _micro_batch_line(train: TrainConfig, batch: BatchArithmetic) -> tuple[str, int, str, str]:
+def _micro_batch_line(config: RunConfig, batch: BatchArithmetic) -> tuple[str, int, str, str]:
+    train, cp = config.train, config.parallel.cp
     if batch.micro_batches is None:
         budget = train.max_tokens_per_micro_batch
         assert budget is not None, "only a budget leaves the number open"
-        return ("most tokens a micro-batch", budget, "", "train.max_tokens_per_micro_batch")
+        source = "train.max_tokens_per_micro_batch"
+        if cp > 1:
+            source += f", over all {cp} ranks of parallel.cp: each computes 1 / {cp} of them"
+        return ("most tokens a micro-batch", budget, "", source)
     return (
         "micro-batches a rank and update",
         batch.micro_batches,

@@ -46,7 +46,8 @@ class ParallelConfig:
     dp: int = 1
     """Data parallel size."""
     cp: int = 1
-    """Context parallel size: each sequence is cut over so many ranks, all layers through."""
+    """Context parallel size: each sequence is cut over so many ranks, all layers through. It is
+    padded to a multiple of 2 * cp, and sequences are always packed."""
     sequence_parallel: bool = False
     """Shard activations along the sequence between tensor-parallel regions; needs tp > 1."""
     distributed_optimizer: bool = True
@@ -152,8 +153,9 @@ class TrainConfig:
     """Sequences per forward pass and data-parallel rank."""
     max_tokens_per_micro_batch: int | None = None
     """Instead of micro_batch_size: sequences packed end to end share a forward pass, as many as fit
-    into this many tokens. Results are the same, without padding. Not in fp32 where layers
-    are Transformer Engine's."""
+    into this many tokens. Results are the same, without padding, but for what cp and sequence
+    parallelism need. The tokens are those of the whole row: with cp > 1 a rank computes 1 / cp of
+    them. Not in fp32 where layers are Transformer Engine's."""
     recompute: Recompute = "none"
     """Activations that the backward pass computes again instead of keeping them: of `selective` the
     MLPs, of `full` whole layers. Changes memory and speed, not results."""

@@ -159,7 +159,7 @@ def _claim_device() -> torch.device:
     if local_world_size() > num_devices:
         raise ConfigError(
             f"parallel: {local_world_size()} processes on a machine with {num_devices} GPUs; each "
-            "needs its own: lower parallel.tp, pp or dp, or use more machines"
+            "needs its own: lower parallel.tp, cp, pp or dp, or use more machines"
         )
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)

@@ -17,6 +17,7 @@ from osft_mcore.config.load import to_yaml
 from osft_mcore.config.model_shape import ModelShape, read_model_shape
 from osft_mcore.config.phases import trains
 from osft_mcore.config.schema import Phase, RunConfig, TrainConfig
+from osft_mcore.config.temperature import sampling_words
 from osft_mcore.errors import CheckpointError, ConfigError
 from osft_mcore.log.console import Console
 from osft_mcore.log.lock import run_lock
@@ -297,9 +298,10 @@ def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_ste
         console.say(line)
     algorithm = config.algorithm
     tau_train = "the same" if algorithm.follow_tau_sample else f"{algorithm.tau_train:g}"
+    off = " (annealing off)" if rollout.annealing.mode == "off" else ""
     entropy = ", objective entropy" if algorithm.objective == "entropy" else ""
     console.say(
-        f"tau_sample {rollout.tau_sample:g} (annealing {rollout.annealing.mode}), "
+        f"tau_sample {sampling_words(rollout.tau_sample, rollout.annealing)}{off}, "
         f"tau_train {tau_train}{entropy}, lr {config.train.lr:g}, {num_steps} steps"
     )
     if algorithm.kl_coef > 0:

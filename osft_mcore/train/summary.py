@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from osft_mcore.config.temperature import temperatures
 from osft_mcore.evaluation.evaluator import Evaluation, gain_ci
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.loop import OsftLoop
-from osft_mcore.train.schedules import train_temperature
 from osft_mcore.weights.alias import delivery_lines
 
 
@@ -23,8 +23,7 @@ def summarise(
     cfg = loop.config
     summary: dict[str, Any] = {
         "steps": loop.num_steps,
-        "tau_sample": cfg.rollout.tau_sample,
-        "tau_train": train_temperature(cfg.algorithm, cfg.rollout.tau_sample),
+        **temperatures(cfg),
         "actor_layout": topology.actor_sizes(),
         "rollout_layout": {"tp": topology.rollout_tp, "replicas": topology.num_replicas},
         "weight_version": loop.sync.version,

@@ -30,6 +30,8 @@ LAYOUTS: dict[str, Options] = {
     "tp2": {"tp": 2},
     "pp2": {"pp": 2},
     "dp2": {"dp": 2},
+    "cp2": {"cp": 2},
+    "cp2, plain optimizer": {"cp": 2, "distributed_optimizer": False},
     "dp2, plain optimizer": {"dp": 2, "distributed_optimizer": False},
     "dp2, plain optimizer, bf16": {"dp": 2, "distributed_optimizer": False, "dtype": "bf16"},
 }
@@ -79,7 +81,7 @@ def broken(actor: Actor, fault: str) -> Iterator[None]:
     place = actor.context.coordinates
     # Of the ranks with the loss, the last one whose figure counts: those of a TP group are alike.
     counts = actor.context.is_last_stage and place.tp_rank == 0
-    loses = counts and place.dp_rank == actor.context.topology.dp - 1
+    loses = counts and place.copy == actor.context.topology.copies - 1
     if not (loses if fault == "loss" else f"rank {rank}" in fault):
         yield
     elif fault.startswith("weight"):
@@ -146,7 +148,7 @@ def train(
     """
     parallel = {"dtype": "fp32", **layout}
     dtype = parallel.pop("dtype")
-    sizes = {axis: parallel.get(axis, 1) for axis in ("tp", "pp", "dp")}
+    sizes = {axis: parallel.get(axis, 1) for axis in ("tp", "cp", "pp", "dp")}
     context = join_groups(Topology(**sizes), device=torch.device("cpu"))
     hit, spared = (make_actor(folder, context, dtype, parallel) for _ in range(2))
     wrong, skipped = [], []

@@ -18,7 +18,7 @@ from osft_mcore.actor.actor import Actor
 from osft_mcore.actor.optimizer import wrap_data_parallel
 from osft_mcore.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from osft_mcore.parallel.groups import join_groups
-from osft_mcore.parallel.topology import Topology
+from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.train.start import build_actor
 
 VOCAB, LR = 67, 1e-3
@@ -33,16 +33,29 @@ class Case:
     tied: bool
     pp: int = 1
     vpp: int = 1
+    cp: int = 1
+    """Of the two copies of the weights; the rest is dp."""
     distributed_optimizer: bool = True
     train: Any = None
 
     @property
     def topology(self) -> Topology:
-        return Topology(tp=1, pp=self.pp, dp=2, vpp=self.vpp)
+        return topology_of(self.parallel, rollout_tp=1)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            pp=self.pp,
+            vpp=self.vpp,
+            cp=self.cp,
+            dp=2 // self.cp,
+            distributed_optimizer=self.distributed_optimizer,
+        )
 
 
 CASES = {
     "tied": Case(tied=True),
+    "untied, cp2": Case(tied=False, cp=2),
     "untied, whole optimizer": Case(tied=False, distributed_optimizer=False),
     "untied, recomputed": Case(tied=False, train={"recompute": "full", "recompute_loss": True}),
     "untied, pp2": Case(tied=False, pp=2),
@@ -86,9 +99,7 @@ def train_both(_rank: int, folder: Path, case: Case) -> list[Trained]:
     context = join_groups(case.topology, device=torch.device("cpu"))
     config = RunConfig(
         model=ModelConfig(path=str(folder), dtype="fp32"),
-        parallel=ParallelConfig(
-            dp=2, pp=case.pp, vpp=case.vpp, distributed_optimizer=case.distributed_optimizer
-        ),
+        parallel=case.parallel,
         # Unclipped: how the norm is summed up depends on the buckets, and weights on nothing else.
         train=TrainConfig(lr=LR, micro_batch_size=2, clip_grad=0, **(case.train or {})),
     )

@@ -227,6 +227,7 @@ def test_a_run_without_any_update_has_a_summary(start: Start, tmp_path: Path) ->
     )
     assert error == ""
     summary = strict((tmp_path / "summary.json").read_text())
+    assert summary["tau_sample"] == "0.6 to 1, linear, over 15 steps"
     assert summary["num_skipped_updates"] == 2
     assert not [name for name in summary if name.startswith("sync/logprob")]
     assert "rollout vs actor: unknown;" in printed

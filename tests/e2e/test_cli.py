@@ -56,6 +56,22 @@ def test_a_dry_run_that_samples_only(phase: str, line: str, tmp_path: Path) -> N
     assert ("evaluation.files" in result.out.split("# Not here")[1]) == (phase == "evaluate")
 
 
+def test_options_may_stand_before_and_after_flags(tmp_path: Path) -> None:
+    preset, conf = f"experiment={PRESETS[0]}", f"--config-dir={default_config_dir()}"
+    options = ["train.lr=-1", "train.steps=-2", "train.lr=-3"]
+    results = [
+        forked(["train", *arguments], tmp_path)
+        for arguments in (
+            ["--dry-run", conf, preset, *options],
+            [preset, options[0], "--dry-run", options[1], conf, options[2]],
+        )
+    ]
+    assert [result.code for result in results] == [2, 2]
+    assert results[0].err == results[1].err
+    for problem in ("train.lr: found -3", "train.steps: found -2"):
+        assert problem in results[0].err
+
+
 def test_a_dry_run_still_refuses_what_cannot_work(tmp_path: Path) -> None:
     result = forked(
         ["train", "--dry-run", f"experiment={PRESETS[0]}", "rollout.tp=3", "train.lr=-1"], tmp_path
@@ -87,7 +103,15 @@ def test_version_and_help_as_a_process(tmp_path: Path) -> None:
         assert word in usage.out
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train", "--drty-run"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["trian"],
+        ["train", "--drty-run"],
+        ["train", "--dry-run", "seed=1", "--drty-run", "seed=2"],
+    ],
+)
 def test_a_command_that_does_not_exist_is_a_usage_error(
     arguments: list[str], tmp_path: Path
 ) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from loss_benchmark.cases import Case, make_cases
-from loss_benchmark.measure import Pass, check_losses
+from loss_benchmark.measure import Pass, check_losses, weighed
+from loss_benchmark.ranks import on_ranks
 from loss_benchmark.rows import growth_lines, make_rows, table_head, table_line
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_loss.py"
@@ -43,6 +44,13 @@ def test_the_tool_holds_ours_against_every_baseline() -> None:
             # Its logits, which become their own gradient.
             logits = NUM_TOKENS * VOCAB // tp * 4
             assert row["peak_bytes_baseline"] == pytest.approx(logits, abs=12 * MIB)
+
+
+def test_the_loss_needs_two_chunks_of_logits_and_no_more() -> None:
+    """Whole logits would be two chunks already, and their gradient two more."""
+    case = Case(num_tokens=4096, vocab=16384, hidden=32, tp=1, dtype="fp32", rounds=1, baselines=())
+    found = on_ranks(case.tp, partial(weighed, case, "ours"))
+    assert 0.9 <= found["peak_bytes"] / (2 * 128 * MIB) <= 1.1
 
 
 @pytest.mark.parametrize("loss", [10.0002, float("nan")])

@@ -47,6 +47,13 @@ def test_a_budget_of_tokens_leaves_the_number_of_micro_batches_open() -> None:
     text = " ".join(describe(config, phase="train", ranks=[]).split())
     assert "most tokens a micro-batch 16384 train.max_tokens_per_micro_batch" in text
     assert "micro-batches a rank" not in text
+    assert "parallel.cp:" not in text
+    config = load_config(["train.max_tokens_per_micro_batch=16384", "parallel.cp=4"])
+    text = " ".join(describe(config, phase="train", ranks=[]).split())
+    assert (
+        "16384 train.max_tokens_per_micro_batch, over all 4 ranks of parallel.cp: each computes "
+        "1 / 4 of them"
+    ) in text
 
 
 def test_describe_says_how_many_chunks_a_stage_holds() -> None:

@@ -11,7 +11,7 @@ import pytest
 from layouts import model
 from models import save_random_model
 
-from osft_mcore.checkpoint.assemble import megatron_shards, shard_pieces, sizes_of
+from osft_mcore.checkpoint.assemble import megatron_shards, shard_pieces
 from osft_mcore.checkpoint.convert import hf_to_mcore
 from osft_mcore.checkpoint.index import Index, from_json, to_json
 from osft_mcore.checkpoint.layout_check import check_layout
@@ -34,7 +34,7 @@ def index_of(
 ) -> Index:
     shards = megatron_shards(shape, topology, vocab_multiple=multiple, transformer_engine=engine)
     pieces = tuple(p for shard, at in shards.items() for p in shard_pieces(shard, "weight", at))
-    return Index(topology=sizes_of(topology), layouts=shards, pieces=pieces)
+    return Index(topology=topology.actor_sizes(), layouts=shards, pieces=pieces)
 
 
 @pytest.mark.parametrize("engine", [False, True])
@@ -125,6 +125,7 @@ def test_padding_is_at_the_end_and_alike_in_all_shards() -> None:
         ({"vpp": 5}, "parallel.pp * vpp = 1 * 5 = 5 model chunks, but the model has 4 layers"),
         ({"vpp": None}, "index.json states vpp None, expected 1 or more"),
         ({"tp": 0}, "index.json states tp 0, expected 1 or more"),
+        ({"cp": 0}, "index.json states cp 0, expected 1 or more"),
     ],
 )
 def test_shards_are_those_of_the_stated_sizes(stated: dict[str, Any], message: str) -> None:
@@ -134,6 +135,16 @@ def test_shards_are_those_of_the_stated_sizes(stated: dict[str, Any], message: s
 
     lines = edited(edit, topology=Topology(tp=2, pp=1, dp=1))
     assert any(line.startswith(message) for line in lines), lines
+
+
+@pytest.mark.parametrize("cp", [None, 2])
+def test_context_parallel_ranks_hold_copies(cp: int | None) -> None:
+    """And checkpoints of before there were any do not state their number."""
+    shape = model(num_layers=4)
+    value = to_json(index_of(shape, Topology(tp=2, pp=1, dp=1, cp=cp or 1)))
+    if cp is None:
+        del value["topology"]["cp"]
+    assert "that tp 2, pp 1, vpp 1 ask for" in check_layout(from_json(value, Path("x")), shape)
 
 
 def test_a_copy_that_no_file_holds_is_missed() -> None:

@@ -121,6 +121,27 @@ def test_what_is_absent_or_damaged_is_said_to_be(run: Path) -> None:
     assert "%" not in nothing
 
 
+@pytest.mark.parametrize(
+    ("annealing", "words"),
+    [
+        ("{mode: linear, end_tau: 1.0, epochs: 2, steps: 15}", "0.6 to 1, linear, over 15 steps"),
+        (
+            "{mode: cosine, end_tau: 1.5, epochs: 1, steps: null}",
+            "0.6 to 1.5, cosine, over 1 epoch",
+        ),
+        ("{mode: linear, end_tau: 1.0}", "0.6 to 1, linear"),
+        ("{mode: 'off', end_tau: 1.0, epochs: 2, steps: null}", "0.6"),
+        ("{mode: linear, end_tau: hot}", "0.6"),
+        ("linear", "0.6"),
+    ],
+)
+def test_an_annealed_temperature_has_an_end(run: Path, annealing: str, words: str) -> None:
+    config = CONFIG.replace("  tau_sample: 0.6\n", f"  tau_sample: 0.6\n  annealing: {annealing}\n")
+    (run / "config.yaml").write_text(config)
+    rows = table(model_card(read_provenance(run, step=8), name="x"), "Provenance")
+    assert rows["sampling temperature"] == [words]
+
+
 def test_supervised_runs_are_told_apart(run: Path) -> None:
     (run / "manifest.json").write_text(json.dumps({"phase": "sft"}))
     card = model_card(read_provenance(run, step=8), name="x")

@@ -28,11 +28,6 @@ def long_tailed(num: int, seed: int) -> list[int]:
     return [30 + min(3072, int(500 * generator.lognormvariate(0, 0.9))) for _ in range(num)]
 
 
-def packed(lengths: list[int], numbers: list[int], multiple: int = 1) -> int:
-    found = [lengths[number] for number in numbers]
-    return Rows(packed=True, row_multiple=multiple).num_positions(found)
-
-
 def test_positions_by_hand() -> None:
     assert Rows(packed=False).num_positions([5, 2, 4]) == 15
     assert Rows(packed=False, row_multiple=4).num_positions([5, 2, 4]) == 24
@@ -79,15 +74,16 @@ def test_a_budget_by_hand() -> None:
     lengths=LENGTHS,
     dp=st.integers(1, 3),
     group=st.integers(1, 3),
+    cut=st.sampled_from([1, 4, 6]),
     multiple=st.sampled_from([1, 4]),
     budget=st.sampled_from([10, 62]),
 )
 def test_every_sequence_once_within_the_budget(
-    lengths: list[int], dp: int, group: int, multiple: int, budget: int
+    lengths: list[int], dp: int, group: int, cut: int, multiple: int, budget: int
 ) -> None:
     """The smaller budget is below some sequences: these are alone."""
     lengths = lengths * dp * group
-    rows = Rows(packed=True, row_multiple=multiple)
+    rows = Rows(packed=True, sequence_multiple=cut, row_multiple=cut * multiple)
     split = budget_split(lengths, dp=dp, max_tokens=budget, rows=rows, group=group)
     passes = [numbers for rank in split for numbers in rank]
     assert sorted(itertools.chain(*passes)) == list(range(len(lengths)))
@@ -97,7 +93,10 @@ def test_every_sequence_once_within_the_budget(
         assert len(rank) % group == 0
     for numbers in passes:
         assert numbers
-        assert len(numbers) == 1 or packed(lengths, numbers, multiple) <= budget
+        # Each is padded by itself, then the row.
+        positions = sum(math.ceil(lengths[number] / cut) * cut for number in numbers)
+        positions = math.ceil(positions / (cut * multiple)) * cut * multiple
+        assert len(numbers) == 1 or positions <= budget
 
 
 @pytest.mark.parametrize("seed", range(3))
