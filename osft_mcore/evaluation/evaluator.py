@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from osft_mcore.errors import DataError, GradingError
 from osft_mcore.evaluation.grading import Grade, Grader, GradeStatus
-from osft_mcore.evaluation.pass_at_k import ks_for, pass_at_k
+from osft_mcore.evaluation.measures import ks_for, pass_at_k
 from osft_mcore.evaluation.statistics import Interval, stratified_ci
 from osft_mcore.records import Prompt, Response, Sampling
 
