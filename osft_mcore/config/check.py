@@ -14,6 +14,7 @@ from osft_mcore.config.check_algorithm import (
 from osft_mcore.config.check_batches import batch_problems
 from osft_mcore.config.divide import divides, divisors, listed, tensor_parallel_problems
 from osft_mcore.config.duration import seconds
+from osft_mcore.config.evaluation import benchmark_files
 from osft_mcore.config.model_shape import FAMILIES, ModelShape, read_model_shape
 from osft_mcore.config.phases import reads_training_data, samples, scores, trains
 from osft_mcore.config.schema import Phase, RunConfig
@@ -131,6 +132,7 @@ def _sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
         ("train.micro_batch_size", config.train.micro_batch_size),
         ("train.max_skipped_updates", config.train.max_skipped_updates),
         ("evaluation.num_samples", config.evaluation.num_samples),
+        ("evaluation.portion", config.evaluation.portion),
         ("evaluation.grader_workers", config.evaluation.grader_workers),
         ("checkpoint.keep_last", config.checkpoint.keep_last),
         ("checkpoint.max_failures", config.checkpoint.max_failures),
@@ -179,6 +181,7 @@ def _non_negative(config: RunConfig) -> Iterable[tuple[str, float]]:
         ("evaluation.every", config.evaluation.every),
         ("evaluation.temperature", config.evaluation.temperature),
         *(("evaluation.baseline_temperatures", t) for t in config.evaluation.baseline_temperatures),
+        *(("evaluation.steps", step) for step in config.evaluation.steps),
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
     )
@@ -220,9 +223,11 @@ def _absent_inputs(config: RunConfig, phase: Phase) -> Iterator[str]:
     if train and not Path(config.data.train).is_file():
         yield f"data.train: {config.data.train!r} is not a file; expected a parquet file"
     # `osft sft` refuses them, be they there or not.
-    for file in config.evaluation.files if scores(phase) else ():
+    named = zip(config.evaluation.files, benchmark_files(config), strict=True)
+    for name, file in named if scores(phase) else ():
         if not Path(file).is_file():
-            yield f"evaluation.files: {file!r} is not a file; expected parquet files"
+            found = f"{file!r}" if name == file else f"{name!r} is {file!r} (data.folder), which"
+            yield f"evaluation.files: {found} is not a file; expected parquet files"
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         yield f"data.chat_template: {template!r} is not a file; expected a Jinja template"

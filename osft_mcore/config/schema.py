@@ -184,6 +184,8 @@ class TrainConfig:
 class DataConfig:
     """Training data and how prompts are rendered."""
 
+    folder: str = "data"
+    """Where benchmarks lie that evaluation.files names."""
     train: str = ""
     """Parquet file. `osft train` and `osft generate`: prompt, data_source,
     reward_model.ground_truth. `osft sft`: prompt_key and response_key."""
@@ -207,7 +209,13 @@ class EvaluationConfig:
     """Scoring on held-out problems."""
 
     files: tuple[str, ...] = ()
-    """Parquet files in the schema of the training prompts. Empty: no evaluation."""
+    """Parquet files in the schema of the training prompts, or names of benchmarks in data.folder.
+    Empty: no evaluation."""
+    run: str = ""
+    """For `osft evaluate`: score the checkpoints of this run, in the order of their steps, and the
+    model that it began with; empty: score model.path."""
+    steps: tuple[int, ...] = ()
+    """Of evaluation.run, only the weights after these steps; 0 is what it began with."""
     every: int = 0
     """Evaluate after every this many steps; 0: only before and after."""
     before: bool = True
@@ -216,7 +224,13 @@ class EvaluationConfig:
     top_p: float = 1.0
     baseline_temperatures: tuple[float, ...] = ()
     """Other temperatures for the starting model; its best one is the baseline to beat. For
-    `osft evaluate` that is the model which it scores."""
+    `osft evaluate` without evaluation.run that is the model which it scores."""
+    sweep: str = ""
+    """For `osft evaluate`: `first:last:step`, more temperatures for every model, both ends among
+    them, as in 0:1.6:0.1."""
+    portion: int = 2048
+    """Answers that are sampled, graded and kept together, whole problems at a time: while one
+    portion is graded the next one is sampled, and `osft evaluate` goes on after the last one."""
     max_problems: int | None = None
     """Use only the first this many problems of each file."""
     grader_timeout_s: float = 5.0

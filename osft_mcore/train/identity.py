@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from osft_mcore.actor.start_weights import reference_source
+from osft_mcore.config.evaluation import benchmark_files
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.phases import reads_training_data, trains
@@ -63,7 +64,7 @@ def identity(config: RunConfig, phase: Phase) -> dict[str, Any]:
     if reads_training_data(phase):
         found["data.train"] = data_sha256(config.data.train)
     if phase == "evaluate":
-        found["evaluation.files"] = {path: data_sha256(path) for path in config.evaluation.files}
+        found["evaluation.files"] = {path: data_sha256(path) for path in benchmark_files(config)}
     if trains(phase):
         found[REFERENCE] = _reference(config)
     else:

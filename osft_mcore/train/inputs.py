@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from osft_mcore.config.evaluation import benchmark_files
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import steps_per_epoch
@@ -52,7 +53,7 @@ def load_held_out(config: RunConfig, tokenizer: ChatTokenizer) -> HeldOut:
     limit = config.evaluation.max_problems
     files = [
         _load(config, tokenizer, file, option="evaluation.files", limit=limit)
-        for file in config.evaluation.files
+        for file in benchmark_files(config)
     ]
     by_source: dict[str, list[Prompt]] = {}
     for problems in files:
