@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from osft_mcore.errors import DataError, GradingError
-from osft_mcore.evaluation.grading import Grade, Grader, GradeStatus
+from osft_mcore.evaluation.grading import Grader
 from osft_mcore.evaluation.pass_at_k import ks_for, pass_at_k
+from osft_mcore.evaluation.scorers import Grade, GradeStatus, Sample
 from osft_mcore.evaluation.statistics import Interval, stratified_ci
 from osft_mcore.records import Prompt, Response, Sampling
 
@@ -30,8 +31,12 @@ class Answer:
     ground_truth: str
     num_tokens: int
     truncated: bool
+    score: float
     correct: bool
+    """The score is above 0."""
     status: GradeStatus
+    reason: str = ""
+    """Why there is no grade."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +54,9 @@ class SourceScores:
     response_length_max: int
     cut_off_ratio: float
     """Share of the responses that hit the token limit."""
+    score_mean: float
     num_no_answer: int
+    num_too_large: int
     num_timeouts: int
     num_errors: int
 
@@ -93,11 +100,11 @@ class Evaluator:
         top_p: float,
         max_tokens: int,
         seed: int,
-        max_undecided: float = 0.1,
+        max_ungraded_share: float,
     ) -> None:
         """`problems` by data source; `grader` on the one rank that grades, None on the others.
 
-        `seed` is the run's. `max_undecided` is the share of answers whose grading may time out
+        `seed` is the run's. `max_ungraded_share` is the share of answers whose grading may time out
         or fail. Raises DataError if a source is empty or names a problem twice.
         """
         check_problems(problems)
@@ -109,13 +116,13 @@ class Evaluator:
         self._top_p = top_p
         self._max_tokens = max_tokens
         self._seed = seed + EVALUATION_SEED_OFFSET
-        self._max_undecided = max_undecided
+        self._max_ungraded_share = max_ungraded_share
 
     def run(self, step: int, temperature: float) -> Evaluation | None:
         """Sample and grade every problem. Collective over the world; None without a grader.
 
         At temperature 0 all samples of a problem would be equal, so that one is drawn.
-        Raises GradingError if too many answers stayed undecided.
+        Raises GradingError if too many answers could not be graded.
         """
         num_samples = self._num_samples if temperature > 0 else 1
         sampling = Sampling(
@@ -132,7 +139,7 @@ class Evaluator:
         if self._grader is None:
             return None
         answers = self._grade(self._grader, responses)
-        _refuse_undecided(answers, self._max_undecided)
+        _refuse_ungraded(answers, self._max_ungraded_share)
         return self._evaluation(step, temperature, answers, num_samples)
 
     def recall(
@@ -172,8 +179,12 @@ class Evaluator:
 
     def _grade(self, grader: Grader, responses: Sequence[Response]) -> tuple[Answer, ...]:
         texts = [self._decode(response.token_ids) for response in responses]
-        golds = [response.prompt.ground_truth for response in responses]
-        grades = grader.grade(list(zip(texts, golds, strict=True)))
+        grades = grader.grade(
+            [
+                Sample(text, response.prompt.ground_truth, len(response.token_ids))
+                for response, text in zip(responses, texts, strict=True)
+            ]
+        )
         return tuple(
             _answer(response, text, grade)
             for response, text, grade in zip(responses, texts, grades, strict=True)
@@ -193,7 +204,9 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
             f"{prefix}/response_length_mean": source.response_length_mean,
             f"{prefix}/response_length_max": source.response_length_max,
             f"{prefix}/cut_off_ratio": source.cut_off_ratio,
+            f"{prefix}/score_mean": source.score_mean,
             f"{prefix}/no_answer": source.num_no_answer,
+            f"{prefix}/too_large": source.num_too_large,
             f"{prefix}/timeouts": source.num_timeouts,
             f"{prefix}/errors": source.num_errors,
         }
@@ -241,23 +254,27 @@ def _answer(response: Response, text: str, grade: Grade) -> Answer:
         ground_truth=response.prompt.ground_truth,
         num_tokens=len(response.token_ids),
         truncated=response.truncated,
+        score=grade.score,
         correct=grade.correct,
         status=grade.status,
+        reason=grade.reason,
     )
 
 
-def _refuse_undecided(answers: Sequence[Answer], max_share: float) -> None:
-    undecided = [answer for answer in answers if answer.status in ("timeout", "error")]
-    if len(undecided) <= max_share * len(answers):
+def _refuse_ungraded(answers: Sequence[Answer], max_share: float) -> None:
+    ungraded = [answer for answer in answers if answer.status in ("timeout", "error")]
+    if len(ungraded) <= max_share * len(answers):
         return
-    counts = Counter(answer.status for answer in undecided)
-    first = undecided[0]
+    counts = Counter(answer.status for answer in ungraded)
+    first = ungraded[0]
+    why = f" ({first.reason})" if first.reason else ""
     raise GradingError(
-        f"{len(undecided)} of {len(answers)} answers could not be graded "
-        f"({counts['timeout']} timeouts, {counts['error']} errors), at most {max_share:.0%} may. "
-        f"The first: {first.data_source}, problem {first.prompt_id}, "
-        f"expected answer {first.ground_truth!r}. "
-        "Raise evaluation.grader_timeout_s, or correct the answers in evaluation.files."
+        f"{len(ungraded)} of {len(answers)} answers could not be graded "
+        f"({counts['timeout']} timeouts, {counts['error']} errors), at most {max_share:.0%} may "
+        f"(evaluation.max_ungraded_share). The first: {first.data_source}, problem "
+        f"{first.prompt_id}, expected answer {first.ground_truth!r}, {first.status}{why}. "
+        "Raise evaluation.grader_timeout_s, or correct the answers in evaluation.files or the "
+        "function of evaluation.scorer."
     )
 
 
@@ -279,7 +296,9 @@ def _sum_up(
         response_length_mean=sum(lengths) / len(lengths),
         response_length_max=max(lengths),
         cut_off_ratio=sum(answer.truncated for answer in own) / len(own),
+        score_mean=sum(answer.score for answer in own) / len(own),
         num_no_answer=statuses["no_answer"],
+        num_too_large=statuses["too_large"],
         num_timeouts=statuses["timeout"],
         num_errors=statuses["error"],
     )

@@ -32,7 +32,10 @@ OF_A_SCORE: Final = (
     "evaluation.top_p:",
     "evaluation.baseline_temperatures:",
     "evaluation.max_problems:",
+    "evaluation.scorer:",
     "evaluation.grader_timeout_s:",
+    "evaluation.grader_memory_gib:",
+    "evaluation.overlong_buffer_tokens:",
 )
 """How lines on options begin that change what `osft evaluate` finds."""
 

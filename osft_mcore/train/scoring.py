@@ -69,10 +69,12 @@ def open_scoring(
         cfg, grader = config.evaluation, None
         if context.rank == 0:
             # Its workers start when they are first needed.
-            grader = stack.enter_context(Grader(cfg.grader_workers, cfg.grader_timeout_s))
+            grader = stack.enter_context(Grader(cfg, config.rollout.max_response_tokens))
         if not held_out.by_source:
             yield None
             return
+        if grader is not None:
+            grader.check()
         evaluator = Evaluator(
             engine,
             held_out.by_source,
@@ -82,6 +84,7 @@ def open_scoring(
             top_p=cfg.top_p,
             max_tokens=config.rollout.max_response_tokens,
             seed=config.seed,
+            max_ungraded_share=cfg.max_ungraded_share,
         )
         yield Scoring(
             evaluator=evaluator,
