@@ -1,7 +1,7 @@
 """Every option and every default, once. YAML in conf/ states choices; this file decides."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, with_config
 
@@ -14,6 +14,9 @@ Recompute = Literal["none", "selective", "full"]
 
 Offload = Literal["none", "optimizer", "all"]
 """See `TrainConfig.offload`."""
+
+SCORERS: Final = ("boxed_math", "boxed_math_fast", "boxed_numeric", "gsm8k", "answer_line")
+"""See `EvaluationConfig.scorer`."""
 
 
 @with_config(extra="forbid")
@@ -233,9 +236,24 @@ class EvaluationConfig:
     portion is graded the next one is sampled, and `osft evaluate` goes on after the last one."""
     max_problems: int | None = None
     """Use only the first this many problems of each file."""
+    scorer: str = "boxed_math"
+    """What a response is worth; a score above 0 is correct. `boxed_math`: the last box, by spelling
+    and algebra. `boxed_math_fast`: the same without math-verify, so that sets, lists, percentages
+    and fractions have to be written like the ground truth. `boxed_numeric`: the last box, numbers
+    only. `gsm8k`: the last `#### x`, as it stands. `answer_line`: the last `Answer:` line, 1 or -1.
+    Or `path/to/file.py:function`, called in a grading worker with the response, the ground truth
+    and the number of response tokens; it returns a number."""
     grader_timeout_s: float = 5.0
     """Wall-clock limit for grading one answer."""
+    grader_memory_gib: float = 1.0
+    """Address space of a grading worker; a scorer that imports much needs more."""
     grader_workers: int = 1
+    max_ungraded_share: float = 0.05
+    """The run fails if grading took too long or failed for a larger share of an evaluation's
+    answers. Up to it they are counted, and are not correct."""
+    overlong_buffer_tokens: int = 0
+    """For answer_line: a response that gets nearer than this to rollout.max_response_tokens loses
+    score, up to 1 in a straight line; 0: none does."""
 
 
 @with_config(extra="forbid")

@@ -3,8 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
+
+import numpy as np
 
 from osft_mcore.evaluation.aggregate import Headline, headline
 from osft_mcore.evaluation.measures import (
@@ -185,12 +187,11 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
 def report(evaluation: Evaluation, *, dropped: Mapping[str, int], seed: int) -> dict[str, Any]:
     """All figures with their intervals, JSON-able. `dropped`: over-long prompts by data source."""
     found = evaluation.headline
-    ones = [source.pass_values(1) for source in evaluation.sources]
     return {
         "step": evaluation.step,
         "temperature": evaluation.temperature,
         "num_samples": evaluation.sources[0].num_asked,
-        "pass_at_1": {"value": evaluation.pass_at_1, "ci95": _bounds(ones, seed)},
+        "pass_at_1": {"value": evaluation.pass_at_1, "ci95": pass_at_1_bounds(evaluation, seed)},
         "headline": {f"pass@{k}": value for k, value in found.pass_at.items()}
         | {"average": found.average},
         "benchmarks": {
@@ -198,6 +199,11 @@ def report(evaluation: Evaluation, *, dropped: Mapping[str, int], seed: int) -> 
             for source in evaluation.sources
         },
     }
+
+
+def pass_at_1_bounds(evaluation: Evaluation, seed: int) -> list[float]:
+    """95% interval of `pass_at_1`, bootstrap over problems within each source."""
+    return _bounds([source.pass_values(1) for source in evaluation.sources], seed)
 
 
 def _source_report(source: SourceScores, num_dropped: int, seed: int) -> dict[str, Any]:
@@ -221,7 +227,7 @@ def _source_report(source: SourceScores, num_dropped: int, seed: int) -> dict[st
         "response_length": {
             "mean": _mean(lengths),
             "median": median(lengths),
-            "p95": quantiles(lengths, n=20, method="inclusive")[-1] if len(lengths) > 1 else lengths[0],
+            "p95": float(np.percentile(lengths, 95)),
             "max": max(lengths),
         },
         "cut_off_ratio": _mean([answer.truncated for answer in answers]),

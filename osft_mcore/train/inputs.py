@@ -1,5 +1,6 @@
 """What a run reads before it builds a model: tokenizer, prompts, held-out problems."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,18 @@ class HeldOut:
     """Problems to score on, by data source, and what was left out."""
 
     by_source: dict[str, tuple[Prompt, ...]]
-    num_dropped_overlong: int
+    dropped_overlong: dict[str, int]
+    """By data source: problems longer than rollout.max_prompt_tokens."""
 
     @property
     def num_problems(self) -> int:
         """Over all sources."""
         return sum(len(prompts) for prompts in self.by_source.values())
+
+    @property
+    def num_dropped_overlong(self) -> int:
+        """Over all sources."""
+        return sum(self.dropped_overlong.values())
 
 
 def load_train_prompts(config: RunConfig, tokenizer: ChatTokenizer) -> Problems:
@@ -63,7 +70,7 @@ def load_held_out(config: RunConfig, tokenizer: ChatTokenizer) -> HeldOut:
         check_problems(by_source)
     return HeldOut(
         by_source={source: tuple(prompts) for source, prompts in by_source.items()},
-        num_dropped_overlong=sum(problems.num_dropped_overlong for problems in files),
+        dropped_overlong=dict(sum((Counter(at.dropped_overlong) for at in files), Counter())),
     )
 
 

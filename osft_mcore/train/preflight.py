@@ -28,6 +28,7 @@ from osft_mcore.train.resume import (
     problems_by_size,
     resume_point,
 )
+from osft_mcore.train.scored import check_earlier_scores
 from osft_mcore.train.weight_plan import weight_lines
 from osft_mcore.weights.safetensors_io import read_hf_index
 
@@ -58,7 +59,8 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
         steps.append(lambda: _check_weights(folder, option="algorithm.reference"))
     if not trains(phase):
         # After the weights: it tells them from others.
-        steps.append(partial(check_earlier, config, phase))
+        earlier = check_earlier if phase == "generate" else check_earlier_scores
+        steps.append(partial(earlier, config))
     errors = [error for step in steps if (error := _error_of(step)) is not None]
     try:
         tokenizer = load_tokenizer(config.model.path, config.data.chat_template)

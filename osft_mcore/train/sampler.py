@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,8 +20,8 @@ from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.rollout.engine import RolloutEngine
-from osft_mcore.train.earlier import began_with
-from osft_mcore.train.scored import START, Scored
+from osft_mcore.train.identity import identity
+from osft_mcore.train.scored import START, Scored, scores_identity
 from osft_mcore.train.start import open_folder, say_model
 from osft_mcore.weights.fill import fill, filled
 from osft_mcore.weights.finite import non_finite
@@ -61,7 +62,7 @@ def open_sampler(
             stack.callback(engine.close)
             fill_engine(engine, config, context)
         files = [config.data.train] if phase == "generate" else benchmark_files(config)
-        began = began_with(config, phase) if context.rank == 0 else {}
+        began = _began_with(config, phase) if context.rank == 0 else {}
         # Only now: a model or an engine that cannot be built leaves no folder behind.
         folder = stack.enter_context(
             open_folder(config, phase, context, console, files, None, 0, keep=keep, extra=began)
@@ -71,6 +72,12 @@ def open_sampler(
         # Of the run, not of its first batch.
         clock.flush()
         yield Sampler(engine=engine, folder=folder, metrics=metrics, clock=clock)
+
+
+def _began_with(config: RunConfig, phase: Phase) -> dict[str, Any]:
+    """What the manifest keeps, for a later start to know whether it goes on with the same."""
+    made_of = scores_identity(config) if phase == "evaluate" else identity(config, phase)
+    return {"options": as_options(config), "identity": made_of}
 
 
 def fill_engine(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from torch import Tensor
 
+from osft_mcore.config.schema import EvaluationConfig
 from osft_mcore.errors import DataError, GradingError
 from osft_mcore.evaluation.evaluator import (
     EVALUATION_SEED_OFFSET,
@@ -83,7 +84,7 @@ SCRIPT = {
 
 @pytest.fixture
 def grader() -> Iterator[Grader]:
-    with Grader(num_workers=1, timeout_s=60.0) as grader:
+    with Grader(EvaluationConfig(grader_timeout_s=60.0), MAX_TOKENS) as grader:
         yield grader
 
 
@@ -102,6 +103,7 @@ def evaluator(
         top_p=0.9,
         max_tokens=MAX_TOKENS,
         seed=7,
+        max_ungraded_share=0.05,
     )
 
 
@@ -136,7 +138,9 @@ def test_metrics_by_hand(grader: Grader) -> None:
         "eval/sums/response_length_mean": pytest.approx(sum(lengths_sums) / 8),
         "eval/sums/response_length_max": 12,
         "eval/sums/cut_off_ratio": pytest.approx(1 / 8),
+        "eval/sums/score_mean": pytest.approx(3 / 8),
         "eval/sums/no_answer": 1,
+        "eval/sums/too_large": 0,
         "eval/sums/timeouts": 0,
         "eval/sums/errors": 0,
         "eval/products/pass@1": 0.0,
@@ -145,7 +149,9 @@ def test_metrics_by_hand(grader: Grader) -> None:
         "eval/products/response_length_mean": pytest.approx((3 * 9 + 7) / 4),
         "eval/products/response_length_max": 9,
         "eval/products/cut_off_ratio": 0.0,
+        "eval/products/score_mean": 0.0,
         "eval/products/no_answer": 1,
+        "eval/products/too_large": 0,
         "eval/products/timeouts": 0,
         "eval/products/errors": 0,
     }
@@ -213,15 +219,15 @@ def test_gain_needs_the_same_problems(grader: Grader) -> None:
         gain_ci(evaluate(SCRIPT, grader), part, seed=1)
 
 
-def test_too_many_undecided_answers_stop_the_run(grader: Grader) -> None:
+def test_too_many_ungraded_answers_stop_the_run(grader: Grader) -> None:
     unreadable = "1+" * 2000
     problems = {"sums": [prompt("sums", 0, "4"), prompt("sums", 1, unreadable)]}
     engine = ScriptedEngine({"sums/0": [YES_4], "sums/1": [NO]})
-    with pytest.raises(GradingError, match=r"1 of 2 answers .* 1 errors.*sums/1"):
+    with pytest.raises(GradingError, match=r"1 of 2 .* 1 errors.*max_ungraded_share.*sums/1.*4000"):
         evaluator(engine, grader, problems, num_samples=1).run(step=0, temperature=1.0)
 
 
-def test_few_undecided_answers_are_counted_as_not_correct(grader: Grader) -> None:
+def test_few_ungraded_answers_are_counted_as_not_correct(grader: Grader) -> None:
     unreadable = "1+" * 2000
     problems = {
         "sums": [*(prompt("sums", row, "4") for row in range(19)), prompt("sums", 19, unreadable)]
