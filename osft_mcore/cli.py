@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
+    if arguments.command == "doctor":
+        return _doctor()
     phase: Phase = arguments.command
     check_launch_environment()
     world_size = launched_world_size()
@@ -136,7 +138,18 @@ def _parser() -> argparse.ArgumentParser:
             text = "score this run's checkpoints, with the options that it had; into RUN/scores"
             command.add_argument("--run", type=Path, help=text)
         command.add_argument("overrides", nargs="*", metavar="option=value")
+    text = "what is installed here, and which kernel would compute what"
+    commands.add_parser("doctor", help=text, description=text)
     return parser
+
+
+def _doctor() -> int:
+    _silence_libraries()
+    from osft_mcore.log.console import Console
+    from osft_mcore.train.doctor import run_doctor
+
+    run_doctor(Console(enabled=True))
+    return 0
 
 
 def _plan(config: RunConfig, phase: Phase, topology: Topology) -> str:

@@ -16,10 +16,12 @@ from osft_mcore.actor.response_loss import response_loss
 from osft_mcore.actor.start_weights import load_start_weights
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import ModelConfig, ParallelConfig
+from osft_mcore.errors import WeightError
 from osft_mcore.model.build import build_chunks, output_weight
 from osft_mcore.model.kernels import uses_transformer_engine
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
+from osft_mcore.weights.finite import non_finite
 
 
 class Reference:
@@ -39,7 +41,7 @@ class Reference:
     ) -> None:
         """The weights that `source` and `seed` name. Every rank must call.
 
-        Raises WeightError if a folder's are not those of `shape`.
+        Raises WeightError if a folder's are not those of `shape`, or one of them is not finite.
         """
         self._shape, self._context = shape, context
         self._sequence_parallel = parallel.sequence_parallel
@@ -59,6 +61,9 @@ class Reference:
         self._params = named_parameters(self._chunks)
         weights = {name: param.data for name, param in self._params.items()}
         load_start_weights(weights, layouts[context.rank], shape, source, seed=seed)
+        if problems := non_finite(weights, whose="the reference model's"):
+            # No KL to it would ever be finite.
+            raise WeightError(f"algorithm.reference: {source.path}: {problems[0]}")
         self._host = {name: _in_host_memory(weight) for name, weight in weights.items()}
         for name, param in self._params.items():
             param.requires_grad_(False)

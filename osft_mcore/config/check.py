@@ -49,7 +49,7 @@ def check(
         *_optional_parts(config, phase),
     ]
     if trains(phase):
-        problems += batch_problems(config, phase, device)
+        problems += batch_problems(config, phase)
         problems += algorithm_problems(config.algorithm, samples=samples(phase))
     else:
         problems += _without_training(config, phase)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 from osft_mcore.config.divide import divides, divisors, listed, nearest
 from osft_mcore.config.schema import Phase, RunConfig
@@ -14,9 +13,7 @@ def sequences_per_update(config: RunConfig, phase: Phase) -> int:
     return config.train.prompts_per_update * answers
 
 
-def batch_problems(
-    config: RunConfig, phase: Phase, device: Literal["cpu", "cuda"]
-) -> Iterator[str]:
+def batch_problems(config: RunConfig, phase: Phase) -> Iterator[str]:
     """One line for each; sizes below 1 are told elsewhere."""
     train = config.train
     if not divides(train.prompts_per_update, train.prompts_per_step):
@@ -28,12 +25,19 @@ def batch_problems(
     yield from _unequal_ranks(config, phase)
     if train.max_tokens_per_micro_batch is not None:
         yield from _budget(config, train.max_tokens_per_micro_batch)
-        if device == "cuda" and config.model.dtype == "fp32":
-            yield (
-                "train.max_tokens_per_micro_batch: found it with model.dtype=fp32, but on a GPU "
-                "packed sequences need bf16 (Transformer Engine's attention over them has no "
-                "fp32); use bf16, or train.micro_batch_size"
-            )
+
+
+def packs_fp32(config: RunConfig) -> str:
+    """The option that packs sequences in fp32, which Transformer Engine's attention cannot do.
+
+    Empty if none does.
+    """
+    if config.model.dtype != "fp32":
+        return ""
+    if config.parallel.cp > 1:
+        return "parallel.cp"
+    budget = config.train.max_tokens_per_micro_batch
+    return "" if budget is None else "train.max_tokens_per_micro_batch"
 
 
 def _unequal_ranks(config: RunConfig, phase: Phase) -> Iterator[str]:

@@ -155,7 +155,8 @@ class TrainConfig:
     """Sequences per forward pass and data-parallel rank."""
     max_tokens_per_micro_batch: int | None = None
     """Instead of micro_batch_size: sequences packed end to end share a forward pass, as many as fit
-    into this many tokens. Results are the same, without padding. On a GPU for bf16 only."""
+    into this many tokens. Results are the same, without padding. Not in fp32 where layers
+    are Transformer Engine's."""
     recompute: Recompute = "none"
     """Activations that the backward pass computes again instead of keeping them: of `selective` the
     MLPs, of `full` whole layers. Changes memory and speed, not results."""
@@ -203,7 +204,8 @@ class DataConfig:
     prompt_suffix: str = ""
     """Appended to the user turn."""
     chat_template: str | None = None
-    """File with a Jinja chat template; None: the tokenizer's own."""
+    """File with a Jinja chat template; None: the tokenizer's own. Not for prompts that are token
+    ids."""
 
 
 @with_config(extra="forbid")

@@ -123,9 +123,21 @@ def check_text_column(
         )
 
 
+def file_holds_token_ids(file: str | Path, name: str) -> bool:
+    """`holds_token_ids` of a file, from its footer; False if it is not there or not parquet."""
+    try:
+        schema = pq.read_schema(file)
+    except (OSError, pa.ArrowException):
+        return False
+    return name in schema.names and _is_token_ids(schema.field(name).type)
+
+
 def holds_token_ids(table: pa.Table, name: str) -> bool:
     """True if the column holds lists of whole numbers."""
-    kind = table.schema.field(name).type
+    return _is_token_ids(table.schema.field(name).type)
+
+
+def _is_token_ids(kind: Any) -> bool:
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     is_list = any(is_kind(kind) for is_kind in kinds)
     return is_list and bool(pa.types.is_integer(kind.value_type))

@@ -38,22 +38,29 @@ def load_examples(
     response_key: str,
     system_prompt: str,
     prompt_suffix: str,
+    chat_template: str | None,
     max_tokens: int,
     vocab: int,
 ) -> SftData:
     """Read a parquet file of prompts (text, messages, or token ids) and responses (text or ids).
 
     Text is rendered and tokenised, and a response closed; token ids are taken as they are.
-    `vocab`: of the model. Raises DataError that names data.train, the file, and every kind of
-    fault.
+    `vocab`: of the model. `chat_template`: the option, which `tokenizer` follows already.
+    Raises DataError that names data.train, the file, and every kind of fault.
     """
     source = DataFile(path=Path(file), option="data.train")
     table = read_table(source, (prompt_key, response_key), (), None)
     _check_columns(source, table, prompt_key, response_key)
-    if holds_token_ids(table, prompt_key) and (system_prompt or prompt_suffix):
+    rendering = (
+        ("data.system_prompt", system_prompt),
+        ("data.prompt_suffix", prompt_suffix),
+        ("data.chat_template", chat_template),
+    )
+    unused = [name for name, value in rendering if value]
+    if unused and holds_token_ids(table, prompt_key):
         raise source.error(
-            f"column {prompt_key!r} holds token ids, to which data.system_prompt and "
-            "data.prompt_suffix cannot be added; leave them out or name a column with text"
+            f"column {prompt_key!r} holds token ids, which are taken as they are, without "
+            f"{' and '.join(unused)}; leave that out, or name a column with text"
         )
     problems = RowProblems(source)
     examples = []

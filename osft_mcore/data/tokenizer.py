@@ -74,9 +74,12 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
-def load_tokenizer(model_path: str | Path, chat_template: str | None) -> ChatTokenizer:
+def load_tokenizer(
+    model_path: str | Path, chat_template: str | None, *, renders: bool = True
+) -> ChatTokenizer:
     """Load the tokenizer of a local model folder; `chat_template` is a Jinja file, or None.
 
+    `renders` False: no prompt will be rendered, so that no template is needed.
     Raises ConfigError (options model.path, data.chat_template).
     """
     folder = Path(model_path)
@@ -85,7 +88,8 @@ def load_tokenizer(model_path: str | Path, chat_template: str | None) -> ChatTok
     own_eos = hf_tokenizer.eos_token_id
     if chat_template is not None:
         hf_tokenizer.chat_template = _read_template(Path(chat_template))
-    _check_template(hf_tokenizer, folder, chat_template)
+    if renders:
+        _check_template(hf_tokenizer, folder, chat_template)
     return ChatTokenizer(
         eos_token_ids=frozenset(eos_ids),
         response_eos_id=own_eos if own_eos in eos_ids else eos_ids[0],

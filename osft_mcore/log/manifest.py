@@ -35,11 +35,16 @@ def manifest(*, seed: int, world_size: int, details: Mapping[str, Any]) -> dict[
         "world_size": world_size,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": packages(),
         "host": socket.gethostname(),
-        "hardware": _hardware(),
+        "hardware": hardware(),
         **details,
     }
+
+
+def packages() -> dict[str, str]:
+    """Versions of the installed ones of `PACKAGES`."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 def _version(name: str) -> str | None:
@@ -67,7 +72,8 @@ def _git_commit() -> str | None:
     return commit.stdout.strip()
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
+    """Devices of this machine."""
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return {"device": "cuda", "gpus": names, "cpus": os.cpu_count()}

@@ -11,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class RmsNorm(nn.Module):
@@ -56,7 +57,17 @@ class CausalAttention(nn.Module):
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         packed = [x.unsqueeze(1) for x in (query_SBND, key_SBGD, value_SBGD)]
         if self._cp_group.size() > 1:
-            return _over_ranks(*packed, lengths=lengths, cp_group=self._cp_group).flatten(2)
+            # Computed again in the backward pass: what it gathers, and its masks, would be more to
+            # keep than cutting sequences saves.
+            context: Tensor = checkpoint(
+                _over_ranks,
+                *packed,
+                lengths,
+                self._cp_group,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            return context.flatten(2)
         # Not a slice each, whose gradients would be as long as all sequences together.
         parts = (torch.split(x, lengths) for x in packed)
         return torch.cat([_causal(*part) for part in zip(*parts, strict=True)]).flatten(2)
@@ -66,7 +77,6 @@ def _over_ranks(
     query_SBND: Tensor,
     key_SBGD: Tensor,
     value_SBGD: Tensor,
-    *,
     lengths: Sequence[int],
     cp_group: dist.ProcessGroup,
 ) -> Tensor:

@@ -2,13 +2,16 @@
 
 # The launcher looks here too, so nothing that takes long to import.
 
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.data.order import single_pass
 from osft_mcore.errors import ConfigError, NothingLeft
+from osft_mcore.log.run_folder import BATCHES
 from osft_mcore.records import Prompt
 from osft_mcore.train.identity import conflicts
 from osft_mcore.train.resume import RUN_MANIFEST, SUMMARY, read_json
@@ -26,12 +29,16 @@ def batches_of(config: RunConfig, prompts: Sequence[Prompt]) -> list[list[Prompt
 
 
 def check_pass_left(config: RunConfig, num_batches: int) -> None:
-    """Raise NothingLeft if output_dir holds all `num_batches`, ConfigError if it ended earlier."""
+    """Raise NothingLeft if output_dir holds all `num_batches`, ConfigError if it ended earlier.
+
+    In the first case it leaves no batches there, which a pass does that is killed at its very end.
+    """
     summary = Path(config.output_dir) / SUMMARY
     if config.checkpoint.resume == "never" or not summary.is_file():
         return
     done = int(read_json(summary).get("batches", 0))
     if done >= num_batches:
+        sweep_batches(summary.parent)
         raise NothingLeft(
             f"{num_batches} of {num_batches} batches are done, nothing is left to do; the answers "
             f"are in {summary.with_name(SOLUTIONS)}. To begin anew choose another output_dir"
@@ -40,6 +47,15 @@ def check_pass_left(config: RunConfig, num_batches: int) -> None:
         f"output_dir: the run in {config.output_dir!r} ended after {done} batches (train.steps), "
         f"and {num_batches} are asked for; choose another output_dir"
     )
+
+
+def sweep_batches(folder: Path) -> None:
+    """Remove the batches of a pass whose summary is written: nothing reads them any more.
+
+    Several starts may do it at once, and one of somebody who may only look.
+    """
+    with suppress(FileNotFoundError, PermissionError):
+        shutil.rmtree(folder / BATCHES)
 
 
 def check_earlier(config: RunConfig) -> bool:

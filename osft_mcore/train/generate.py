@@ -1,6 +1,5 @@
 """Answers of one model to all training prompts, once: what offline OSFT is trained on."""
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from osft_mcore.train.earlier import (
     batches_of,
     check_earlier,
     check_pass_left,
+    sweep_batches,
 )
 from osft_mcore.train.identity import start_fingerprint
 from osft_mcore.train.inputs import load_train_prompts
@@ -78,6 +78,7 @@ class Generation:
     def run(self) -> None:
         """Sample the batches that are left. Raises Stopped between two of them, when told to."""
         total, done = len(self.batches), self._num_done()
+        self._forget_after(done)
         if done:
             self.console.say(f"going on: {done} of {total} batches are done")
         limit, longest_s = deadline(self.config.checkpoint.stop_after), 0.0
@@ -118,7 +119,7 @@ class Generation:
             solutions = read_solutions(folder.path / SOLUTIONS, option="output_dir")
             summary = self._summary(solutions)
             folder.write_json(SUMMARY, summary)
-            shutil.rmtree(folder.path / BATCHES)
+            sweep_batches(folder.path)
             self.console.say(
                 f"{summary['answers']} answers to {summary['prompts']} prompts, "
                 f"{summary['response_tokens']} tokens; cut off: {summary['cut_off_ratio']:.1%}, "
@@ -134,18 +135,28 @@ class Generation:
                 done += 1
         return int(all_gather_json(done, self.context)[0])
 
+    def _forget_after(self, done: int) -> None:
+        """Metrics of a batch that is not there go; seconds of those that are count."""
+        folder, totals = self.sampler.folder, self.sampler.clock.totals
+        for lost in folder.keep_until(done, last=False):
+            self.console.say(f"left out a line that cannot be read: {lost}")
+        if folder.writer:
+            for row in folder.read_lines("metrics.jsonl"):
+                totals["rollout"] = totals.get("rollout", 0.0) + row["time/rollout_s"]
+
     def _sample(self, number: int) -> dict[str, float]:
         clock, folder, tau = self.sampler.clock, self.sampler.folder, self.config.rollout.tau_sample
         with clock("rollout"):
             responses = self.sampler.engine.generate(
                 self.batches[number - 1], self.sampling(number)
             )
+        record = {"rollout/tau_sample": tau, **response_metrics(responses), **clock.flush()}
+        # Before the batch: if only this is there, the next start forgets it.
+        self.sampler.metrics.write(number, record)
         if folder.writer:
             # In one step: a file that is there is whole.
             text = solution_lines(responses, self.decode, tau_sample=tau)
             folder.write_text(_file(number), text)
-        record = {"rollout/tau_sample": tau, **response_metrics(responses), **clock.flush()}
-        self.sampler.metrics.write(number, record)
         return shown(record, "rollout/response_length_mean", "rollout/cut_off_ratio")
 
     def _summary(self, solutions: Sequence[Solution]) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from osft_mcore.config.evaluation import benchmark_files
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import steps_per_epoch
-from osft_mcore.data.parquet import data_sha256
+from osft_mcore.data.parquet import data_sha256, file_holds_token_ids
 from osft_mcore.data.problems import Problems, load_problems
 from osft_mcore.data.sft import SftData, load_examples
-from osft_mcore.data.tokenizer import ChatTokenizer
+from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
 from osft_mcore.evaluation.evaluator import check_problems
 from osft_mcore.records import Prompt
 
@@ -41,6 +41,12 @@ def load_train_prompts(config: RunConfig, tokenizer: ChatTokenizer) -> Problems:
     return _load(config, tokenizer, config.data.train, option="data.train", limit=None)
 
 
+def load_sft_tokenizer(config: RunConfig) -> ChatTokenizer:
+    """The tokenizer of given answers: prompts that are token ids need no chat template."""
+    ids = file_holds_token_ids(config.data.train, config.data.prompt_key)
+    return load_tokenizer(config.model.path, config.data.chat_template, renders=not ids)
+
+
 def load_sft_examples(config: RunConfig, tokenizer: ChatTokenizer) -> SftData:
     """The given answers to train on."""
     return load_examples(
@@ -50,6 +56,7 @@ def load_sft_examples(config: RunConfig, tokenizer: ChatTokenizer) -> SftData:
         response_key=config.data.response_key,
         system_prompt=config.data.system_prompt,
         prompt_suffix=config.data.prompt_suffix,
+        chat_template=config.data.chat_template,
         max_tokens=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
         vocab=read_model_shape(config.model.path).vocab,
     )

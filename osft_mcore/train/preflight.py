@@ -1,10 +1,13 @@
 """What is wrong with a run's files, found before a rank, a model or the run folder exists."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from osft_mcore.actor.start_weights import reference_source
+from osft_mcore.config.check_batches import packs_fp32
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.phases import reads_training_data, scores, trains
 from osft_mcore.config.schema import Phase, RunConfig
@@ -13,11 +16,13 @@ from osft_mcore.errors import ConfigError, OsftError, WeightError
 from osft_mcore.log.lock import lock_refusal
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.topology import topology_of
-from osft_mcore.parallel.world import job_id
+from osft_mcore.parallel.world import device_type, job_id
 from osft_mcore.train.earlier import batches_of, check_earlier, check_pass_left
+from osft_mcore.train.identity import REFERENCE
 from osft_mcore.train.inputs import (
     load_held_out,
     load_sft_examples,
+    load_sft_tokenizer,
     load_train_prompts,
     total_steps,
 )
@@ -42,31 +47,57 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
     the same answer on every rank that sees the same files.
     """
     point: list[ResumePoint | None] = []
-    steps: list[Callable[[], object]] = [
-        lambda: _check_output_dir(config),
-    ]
+    always = _weights_in_any_case(config, phase)
+    unread = _errors_of([partial(_check_weights, *item) for item in always.items()])
+    steps: list[Callable[[], object]] = [lambda: _check_output_dir(config)]
     if trains(phase):
-        steps.append(
-            lambda: point.append(resume_point(config, phase, problems_by_size, candidates(config)))
-        )
-    if phase == "train":
-        steps.append(lambda: _check_weight_plan(config))
-    if config.model.init == "pretrained":
-        # A run that goes on takes its weights from the checkpoint.
-        steps.append(lambda: None if any(point) else _check_weights(config.model.path))
-    if trains(phase) and config.algorithm.kl_coef > 0 and config.algorithm.reference:
-        folder = config.algorithm.reference
-        steps.append(lambda: _check_weights(folder, option="algorithm.reference"))
-    if not trains(phase):
+        steps.append(lambda: _look_for_point(config, phase, point, told_apart=not unread))
+        steps.append(lambda: _check_attention(config))
+    elif not unread:
         # After the weights: it tells them from others.
         earlier = check_earlier if phase == "generate" else check_earlier_scores
-        steps.append(partial(earlier, config))
-    errors = [error for step in steps if (error := _error_of(step)) is not None]
+        steps.append(lambda: earlier(config))
+    if phase == "train":
+        steps.append(lambda: _check_weight_plan(config))
+    if config.model.init == "pretrained" and "model.path" not in always:
+        # A run that goes on takes its weights from the checkpoint; one that may not, who knows.
+        steps.append(
+            lambda: _check_weights("model.path", config.model.path) if point == [None] else None
+        )
+    errors = [*_errors_of(steps), *unread]
     try:
-        tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+        if phase == "sft":
+            tokenizer = load_sft_tokenizer(config)
+        else:
+            tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
     except OsftError as error:
         return (*errors, error)
     return (*errors, *_data_errors(config, phase, tokenizer, point))
+
+
+def _weights_in_any_case(config: RunConfig, phase: Phase) -> dict[str, str]:
+    """Folders, by option, whose weights a start reads even if the run goes on."""
+    model, algorithm = config.model, config.algorithm
+    if trains(phase):
+        if algorithm.kl_coef == 0:
+            return {}
+        model = reference_source(model, algorithm)
+    if model.init == "random":
+        return {}
+    return {REFERENCE if model is not config.model else "model.path": model.path}
+
+
+def _look_for_point(
+    config: RunConfig, phase: Phase, point: list[ResumePoint | None], *, told_apart: bool
+) -> None:
+    """Put what the run goes on from into `point`; nothing, if that is refused.
+
+    Not `told_apart`: a reference that cannot be read, which is an error of its own, cannot be held
+    against that of a checkpoint.
+    """
+    folders = candidates(config)
+    if told_apart or not folders:
+        point.append(resume_point(config, phase, problems_by_size, folders))
 
 
 def _data_errors(
@@ -91,16 +122,17 @@ def _data_errors(
 
     loads = [load_train] if reads_training_data(phase) else []
     loads += [load_evaluation] if scores(phase) else []
-    found = (_error_of(load) for load in loads)
-    return [error for error in found if error is not None]
+    return _errors_of(loads)
 
 
-def _error_of(step: Callable[[], object]) -> OsftError | None:
-    try:
-        step()
-    except OsftError as error:
-        return error
-    return None
+def _errors_of(steps: Sequence[Callable[[], object]]) -> list[OsftError]:
+    errors = []
+    for step in steps:
+        try:
+            step()
+        except OsftError as error:
+            errors.append(error)
+    return errors
 
 
 def _check_output_dir(config: RunConfig) -> None:
@@ -119,12 +151,27 @@ def _check_output_dir(config: RunConfig) -> None:
         )
 
 
+def _check_attention(config: RunConfig) -> None:
+    option = packs_fp32(config)
+    if not option or device_type() == "cpu":
+        return
+    with warnings.catch_warnings(action="ignore"):
+        # Here, because Megatron-Core takes seconds to import, and few runs ask.
+        from osft_mcore.model.kernels import uses_transformer_engine
+    if uses_transformer_engine():
+        raise ConfigError(
+            f"{option}: found it with model.dtype=fp32, but attention is Transformer Engine's "
+            "here, which has no fp32 over packed sequences; set model.dtype to bf16, or do without "
+            f"{option}"
+        )
+
+
 def _check_weight_plan(config: RunConfig) -> None:
     topology = topology_of(config.parallel, rollout_tp=config.rollout.tp)
     weight_lines(config, read_model_shape(config.model.path), topology)
 
 
-def _check_weights(folder: str, option: str = "model.path") -> None:
+def _check_weights(option: str, folder: str) -> None:
     """Raise WeightError with the first few tensors that are not as config.json says."""
     try:
         read_hf_index(folder)

@@ -104,7 +104,7 @@ def fill_engine(
             load_start_weights(params, layout, shape, model, seed=config.seed)
         else:
             fill(params, layout, saved.layouts, saved.rows)
-        if problems := non_finite(params):
+        if problems := non_finite(params, whose="the engine's"):
             raise WeightError(f"{scored.where}: {problems[0]}")
     engine.finish_update(scored.step + 1)
 

@@ -10,14 +10,13 @@ from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import batch_rows
-from osft_mcore.data.tokenizer import load_tokenizer
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.records import Example
 from osft_mcore.train.edge import StepEdge
-from osft_mcore.train.inputs import load_sft_examples, total_steps
+from osft_mcore.train.inputs import load_sft_examples, load_sft_tokenizer, total_steps
 from osft_mcore.train.performance import performance_metrics
 from osft_mcore.train.resume import SUMMARY
 from osft_mcore.train.schedules import learning_rate
@@ -40,7 +39,7 @@ def run_sft(config: RunConfig, context: ParallelContext, console: Console) -> No
 
     Goes on with an interrupted run. Raises Stopped once it was told to stop and has saved.
     """
-    tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+    tokenizer = load_sft_tokenizer(config)
     data = load_sft_examples(config, tokenizer)
     num_steps = total_steps(config, len(data.examples))
     say_start(console, config, read_model_shape(config.model.path), num_steps=num_steps)

@@ -21,7 +21,8 @@ class SkippedUpdates:
     """
 
     def __init__(self) -> None:
-        self._in_a_row: list[str] = []
+        self._in_a_row: list[tuple[str, UpdateResult]] = []
+        """With what is said of each."""
 
     @property
     def any(self) -> bool:
@@ -59,7 +60,7 @@ class SkippedUpdates:
         }
         folder.write_json(name, record)
         what = f"step {step}, update {number}: {update.not_finite}; batch in {folder.path / name}"
-        self._in_a_row.append(what)
+        self._in_a_row.append((what, update))
         in_a_row = len(self._in_a_row)
         console.say(f"skipped {what} ({in_a_row} in a row, the run stops at {limit})")
         if in_a_row >= limit:
@@ -74,12 +75,32 @@ class SkippedUpdates:
             [
                 f"step {step}: {len(self._in_a_row)} updates in a row were skipped because loss or "
                 "gradient was not finite (option train.max_skipped_updates)",
-                *self._in_a_row,
+                *(what for what, _ in self._in_a_row),
+                *_on_the_reference((update for _, update in self._in_a_row), actor),
                 f"the weights are those from before these; look at train.lr (found {train.lr:g}), "
                 f"train.clip_grad (found {clip}) and model.dtype (found {actor.model.dtype}); "
                 "started again, the run goes on from its newest checkpoint, which is from before",
             ]
         )
+
+
+def _on_the_reference(updates: Iterable[UpdateResult], actor: Actor) -> Iterator[str]:
+    """What the KL was measured from, if one was not finite, and whether that is to blame."""
+    broken = [u for u in updates if u.kl is not None and not math.isfinite(u.kl)]
+    if not broken:
+        return
+    model, algorithm = actor.model, actor.algorithm
+    if algorithm.reference:
+        whose = f"the model in {algorithm.reference!r}"
+    elif model.init == "random":
+        whose = "the random weights that the run began with, as it is empty"
+    else:
+        whose = f"the starting model, model.path {model.path!r}, as it is empty"
+    if any(math.isfinite(update.nll) for update in broken):
+        verdict = "its log-probabilities are to blame, the trained model's are finite"
+    else:
+        verdict = "the trained model's own log-probabilities are not finite either"
+    yield f"algorithm.reference: the KL is measured from {whose}; {verdict}"
 
 
 def answer_rows(responses: Sequence[Response], *, tokens: bool) -> Iterator[dict[str, Any]]:

@@ -15,16 +15,17 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return not _broken(list(tensors))
 
 
-def non_finite(params: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with the parameters that are not finite, in one line; empty if all are."""
+def non_finite(params: Mapping[str, Tensor], *, whose: str = "the actor's") -> list[str]:
+    """What is wrong with the parameters that are not finite, in one line; empty if all are.
+
+    The line says `whose` they are.
+    """
     names = [list(params)[index] for index in _broken(list(params.values()))]
     if not names:
         return []
     named = ", ".join(map(repr, names[:NUM_NAMED]))
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
-    return [
-        f"{len(names)} of the actor's {len(params)} parameters hold NaN or infinity: {named}{more}"
-    ]
+    return [f"{len(names)} of {whose} {len(params)} parameters hold NaN or infinity: {named}{more}"]
 
 
 @torch.no_grad()

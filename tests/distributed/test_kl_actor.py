@@ -1,5 +1,7 @@
 """An actor with a KL penalty: against transformers, over layouts, and what the penalty does."""
 
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 import transformers
 from models import save_random_model
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_kl import plain_kl
 from test_training_oracle import random_examples, response_logprobs
 from token_examples import token_examples
@@ -22,6 +24,7 @@ from osft_mcore.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from osft_mcore.errors import WeightError
 from osft_mcore.loss.objectives import KlKind
 from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology
@@ -190,6 +193,28 @@ def test_to_the_starting_model_the_penalty_begins_at_zero(
     assert found[1][4] > 1e-5
     assert found[1][0] == pytest.approx(found[1][2] + 5.0 * found[1][4], rel=1e-5)
     assert found[2][1] != pytest.approx(expected[2][1], rel=1e-4)
+
+
+def _refusal(_rank: int, model: Path, reference: Path) -> str:
+    context = join_groups(Topology(tp=1, pp=1, dp=1), device=torch.device("cpu"))
+    config = RunConfig(
+        model=ModelConfig(path=str(model), dtype="fp32"),
+        algorithm=AlgorithmConfig(kl_coef=COEF, reference=str(reference)),
+    )
+    with pytest.raises(WeightError) as refused:
+        build_actor(config, context)
+    return str(refused.value)
+
+
+def test_a_reference_that_is_not_finite_is_refused(models: Any, tmp_path: Path) -> None:
+    """No update with it ever would be."""
+    broken = shutil.copytree(models[1], tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    [said] = run_ranks(_refusal, 1, model=models[0], reference=broken)
+    assert said.startswith(f"algorithm.reference: {broken}: 1 of the reference model's ")
+    assert said.endswith("parameters hold NaN or infinity: 'decoder.final_layernorm.weight'")
 
 
 def _push_away(_rank: int, model: Path, coefs: tuple[float, ...]) -> list[tuple[float, float]]:

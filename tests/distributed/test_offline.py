@@ -1,6 +1,8 @@
 """Offline OSFT: answers sampled once, converted, and learned by `osft sft`."""
 
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import RanksFailed, run_ranks
 from safetensors.torch import load_file
 from torch_engine import build_torch_engine
 from toy_run import Start, read_lines, toy_config, write_start
@@ -19,6 +21,7 @@ from osft_mcore.config.schema import EvaluationConfig, Phase, RunConfig, SyncCon
 from osft_mcore.data.solutions import convert_solutions
 from osft_mcore.errors import ConfigError, NothingLeft, Stopped
 from osft_mcore.log.console import Console
+from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.generate import Generation, run_generate
@@ -102,10 +105,14 @@ def test_an_offline_update_is_the_online_update(
     assert any(row["truncated"] for row in ours)
 
     convert_solutions(solutions, tmp_path / "sft.parquet", truncated="keep")
+    # Token ids are not rendered.
+    shutil.copytree(start[1], tmp_path / "no_template")
+    (tmp_path / "no_template" / "chat_template.jinja").unlink()
     train = online.train
     offline = replace(
         online,
         output_dir=str(tmp_path / "offline"),
+        model=replace(online.model, path=str(tmp_path / "no_template")),
         train=replace(
             train,
             prompts_per_step=train.prompts_per_step * NUM_SAMPLES,
@@ -195,6 +202,62 @@ def test_a_stopped_pass_goes_on(start: Start, solutions: Path, tmp_path: Path) -
     assert {name for record in metrics for name in record if name.startswith("time/")} == {
         "time/rollout_s"
     }
+
+
+METRICS, BATCH = ("append_line", "metrics.jsonl"), ("write_text", "batches/batch_2.jsonl")
+KILLS = {
+    "in the metrics line": (METRICS, 2, True),
+    "after the metrics line": (METRICS, 2, False),
+    "after the batch": (BATCH, 1, False),
+    "after the answers": (("join", "solutions.jsonl"), 1, False),
+    "after the summary": (("write_text", "summary.json"), 1, False),
+}
+"""Which call on the run folder is the last, counted from 1, and whether it is cut short."""
+
+
+def killed(
+    _rank: int, config: RunConfig, call: tuple[str, str], last: int, cut_short: bool
+) -> None:
+    method, name = call
+    real: Callable[..., None] = getattr(RunFolder, method)
+    seen = 0
+
+    def then_dies(folder: RunFolder, wanted: str, *args: Any) -> None:
+        nonlocal seen
+        real(folder, wanted, *args)
+        seen += wanted == name
+        if wanted == name and seen == last:
+            if cut_short:
+                os.truncate(folder.path / name, (folder.path / name).stat().st_size - 9)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(RunFolder, method, then_dies)
+    run_phase(0, "generate", config, ALONE)
+
+
+def files_of(run: Path) -> dict[str, Any]:
+    """What a pass leaves behind, without times; not the lock, which outlives a killed process."""
+    found: dict[str, Any] = {str(path.relative_to(run)): None for path in run.rglob("*")}
+    found.pop("run.lock", None)
+    found["solutions.jsonl"] = (run / "solutions.jsonl").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    metrics = read_lines(run / "metrics.jsonl")
+    sampled = sum(row.pop("time/rollout_s") for row in metrics)
+    assert summary.pop("seconds")["rollout"] == pytest.approx(sampled, abs=0.006)
+    return found | {"summary.json": summary, "metrics.jsonl": metrics}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_killed_pass_ends_as_the_one_that_was_left_alone(
+    moment: str, start: Start, solutions: Path, tmp_path: Path
+) -> None:
+    config = whole_pass(start, tmp_path / "run")
+    call, last, cut_short = KILLS[moment]
+    with pytest.raises(RanksFailed):
+        run_ranks(killed, 1, config=config, call=call, last=last, cut_short=cut_short)
+    [said] = run_ranks(refused, 1, config=config)
+    assert said.startswith("NothingLeft: 3 of 3") if moment == "after the summary" else said == ""
+    assert files_of(tmp_path / "run") == files_of(solutions.parent)
 
 
 def refused(_rank: int, config: RunConfig) -> str:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from osft_mcore.actor.batching import MicroBatch, collate
 from osft_mcore.actor.reference import Reference
-from osft_mcore.actor.splitting import Rows
+from osft_mcore.actor.splitting import Rows, rows_of
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import join_groups
-from osft_mcore.parallel.topology import Topology
+from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.records import Example
 from osft_mcore.train.start import build_actor
 
@@ -103,3 +104,38 @@ def test_a_budget_leaves_no_padding(tmp_path: Path) -> None:
     ((shapes, share),) = run_ranks(computed, 1, folder=folder, max_tokens=None)
     assert shapes == [[5, 17]]
     assert share == pytest.approx(1 - 54 / 85)
+
+
+LONG = 512
+
+
+def kept_bytes(_rank: int, folder: Path, cp: int) -> int:
+    """What the forward pass of one long sequence keeps for the backward pass, on this rank."""
+    parallel = ParallelConfig(cp=cp)
+    context = join_groups(topology_of(parallel, rollout_tp=1), device=torch.device("cpu"))
+    actor = build_actor(
+        RunConfig(model=ModelConfig(path=str(folder), dtype="fp32"), parallel=parallel), context
+    )
+    rows = rows_of(parallel, packed=True)
+    batch = collate([example(LONG - PROMPT, 1)], [1.0], rows)
+    share = batch.share(cp=cp, cp_rank=context.coordinates.cp_rank)
+    weights = {x.untyped_storage().data_ptr() for x in actor.chunks[0].parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with megatron_device(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        share.forward(actor.chunks[0])
+    return sum(kept.values())
+
+
+def test_a_cut_sequence_keeps_its_share_of_memory(tmp_path: Path) -> None:
+    """No mask and no gathered keys either: these would grow with the square of the length."""
+    folder = save_random_model(tmp_path / "model", "qwen3", vocab=VOCAB)
+    (whole,) = run_ranks(kept_bytes, 1, folder=folder, cp=1)
+    for share in run_ranks(kept_bytes, 2, folder=folder, cp=2):
+        assert 0.4 <= share / whole <= 0.55

@@ -8,12 +8,13 @@ import itertools
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def config_of(
 
 
 def inject(faults: Faults) -> None:
-    """Into every actor of this process."""
+    """Into every actor of this process. `reference`: for good."""
     real, numbers = Actor._forward_backward, itertools.count(1)
 
     def forward_backward(actor: Actor, *args: Any, **options: Any) -> Any:
@@ -61,6 +62,9 @@ def inject(faults: Faults) -> None:
         before = weight.clone()
         if fault == "weight":
             weight.fill_(math.nan)
+        if fault == "reference":
+            assert actor.reference is not None
+            actor.reference._host[NORM].fill_(math.nan)
         if fault == "moved":
             before = weight.mul_(1.5).clone()
         parts = real(actor, *args, **options)
@@ -240,6 +244,42 @@ def test_the_gate_waits_for_the_first_update_that_moves_weights(
         endings.append(error)
     assert endings[0].startswith("AgreementError: step 1: rollout replica 0 and the actor disagree")
     assert endings[1] == ""
+
+
+BLAMED = "its log-probabilities are to blame, the trained model's are finite"
+RANDOM = "the random weights that the run began with"
+BOTH = "the trained model's own log-probabilities are not finite either"
+
+
+@pytest.mark.parametrize(
+    ("fault", "source", "told"),
+    [
+        ("reference", "folder", f"the model in {{folder!r}}; {BLAMED}"),
+        ("reference", "", f"the starting model, model.path {{model!r}}, as it is empty; {BLAMED}"),
+        ("reference", "random", f"{RANDOM}, as it is empty; {BLAMED}"),
+        ("weight", "folder", f"the model in {{folder!r}}; {BOTH}"),
+    ],
+    ids=["folder", "starting model", "random weights", "the model itself"],
+)  # fmt: skip
+def test_a_kl_that_is_not_finite_tells_what_it_is_measured_from(
+    fault: str, source: str, told: str, start: Start, tmp_path: Path
+) -> None:
+    config = config_of(start, tmp_path / "run", ONE_RANK, steps=1, limit=2)
+    folder = str(shutil.copytree(start[1], tmp_path / "reference"))
+    reference = folder if source == "folder" else ""
+    init: Literal["pretrained", "random"] = "random" if source == "random" else "pretrained"
+    config = replace(
+        config,
+        algorithm=replace(config.algorithm, kl_coef=0.1, reference=reference),
+        model=replace(config.model, init=init),
+    )
+    faults = {1: fault, 2: fault}
+    [(error, _)] = run_ranks(run, 1, config=config, topology=ONE_RANK, faults=faults)
+    first, second, third, line, _ = error.splitlines()
+    assert first.startswith("NonFiniteError: step 1: 2 updates in a row were skipped")
+    assert all("KL to the reference model is nan, loss is nan" in text for text in (second, third))
+    told = told.format(folder=folder, model=config.model.path)
+    assert line == f"algorithm.reference: the KL is measured from {told}"
 
 
 def break_a_weight(_rank: int, config: RunConfig) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -95,6 +96,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     (_model(root, "cut_off", lambda c: None) / "model.safetensors").write_bytes(b"\x08\0\0")
     pq.write_table(pq.read_table(root / "train.parquet").slice(0, 0), root / "empty.parquet")
     (root / "text.parquet").write_text("prompt,response\n")
+    for name, token_id in (("ids", 5), ("foreign_ids", 5000)):
+        rows = [{"prompt": [token_id], "response": [5]}] * 24
+        pq.write_table(pa.Table.from_pylist(rows), root / f"{name}.parquet")
     return Files(root=root)
 
 
@@ -165,6 +169,18 @@ CASES: dict[str, tuple[str, list[str], int, list[str]]] = {
         ["evaluation.files=[{root}/eval.parquet,{root}/eval.parquet]"],
         DATA,
         ["evaluation.files", "used more than once"],
+    ),
+    "a template for token ids": (
+        "sft",
+        ["data.train={root}/ids.parquet", "data.chat_template={root}/model/chat_template.jinja"],
+        DATA,
+        ["data.train", "column 'prompt' holds token ids", "without data.chat_template"],
+    ),
+    "token ids of another model, but no template, which they do not need": (
+        "sft",
+        ["data.train={root}/foreign_ids.parquet", "model.path={root}/no_template"],
+        DATA,
+        ["data.train", "24 of 24 rows cannot be used", "token id 5000"],
     ),
     "no rows": ("train", ["data.train={root}/empty.parquet"], DATA, ["data.train", "no rows"]),
     "not parquet": ("sft", ["data.train={root}/text.parquet"], DATA, ["data.train", "parquet"]),

@@ -121,8 +121,9 @@ def test_the_loaders_read_every_file_and_every_token_comes_back(files: Arithmeti
             assert tokenizer.decode(prompt.token_ids) == f"{question(row)}\n"
     vocab = read_model_shape(files.model).vocab
     data = load_examples(
-        files.sft, tokenizer, response_key="response", max_tokens=256, vocab=vocab, **rendering
-    )
+        files.sft, tokenizer, response_key="response", chat_template=None, max_tokens=256,
+        vocab=vocab, **rendering,
+    )  # fmt: skip
     rows = pq.read_table(files.sft).to_pylist()
     for example, row in zip(data.examples, rows, strict=True):
         assert tokenizer.decode(example.response_token_ids) == row["response"]

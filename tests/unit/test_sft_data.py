@@ -6,10 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from osft_mcore.config.schema import DataConfig, ModelConfig, RunConfig
 from osft_mcore.data.arithmetic import TinyModel, write_model_folder
 from osft_mcore.data.sft import SftData, load_examples
 from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
-from osft_mcore.errors import DataError
+from osft_mcore.errors import ConfigError, DataError
+from osft_mcore.train.inputs import load_sft_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,7 @@ def load(tokenizer: ChatTokenizer, tmp_path: Path) -> Load:
             "response_key": "response",
             "system_prompt": "",
             "prompt_suffix": "",
+            "chat_template": None,
             "max_tokens": 1000,
             "vocab": 67,
         }
@@ -138,7 +141,31 @@ def test_token_ids_that_the_model_does_not_have(load: Load, tokenizer: ChatToken
         load([{"p": [5], "r": [5]}, {"p": [5], "r": [5, None]}], **IDS)
 
 
-@pytest.mark.parametrize("option", ["system_prompt", "prompt_suffix"])
-def test_nothing_is_added_to_token_ids(option: str, load: Load) -> None:
-    with pytest.raises(DataError, match=r"'p' holds token ids, to which data\.system_prompt and"):
+@pytest.mark.parametrize("option", ["system_prompt", "prompt_suffix", "chat_template"])
+def test_what_prompts_are_rendered_with_is_refused_for_token_ids(option: str, load: Load) -> None:
+    with pytest.raises(DataError, match=rf"'p' holds token ids, .* without data\.{option}; leave"):
         load([{"p": [5], "r": [5]}], **IDS, **{option: "x"})
+    load([{"p": "1+2=?", "r": [5]}], **IDS, **{option: "x"})
+
+
+def test_all_that_token_ids_are_not_rendered_with_is_named(load: Load) -> None:
+    with pytest.raises(DataError, match=r"without data\.prompt_suffix and data\.chat_template; "):
+        load([{"p": [5], "r": [5]}], **IDS, prompt_suffix=" go", chat_template="x.jinja")
+
+
+def test_a_tokenizer_without_a_template_will_do_for_token_ids(tmp_path: Path) -> None:
+    """Else the option that it does not use would be asked for, and then refused."""
+    write_model_folder(tmp_path / "model", TinyModel())
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    file = tmp_path / "sft.parquet"
+    pq.write_table(pa.Table.from_pylist([{"p": [5], "t": "1+2=?", "r": [5]}]), file)
+
+    def tokenizer_for(prompt_key: str) -> ChatTokenizer:
+        data = DataConfig(train=str(file), prompt_key=prompt_key, response_key="r")
+        model = ModelConfig(path=str(tmp_path / "model"))
+        return load_sft_tokenizer(RunConfig(model=model, data=data))
+
+    assert tokenizer_for("p").decode([5]) != ""
+    for prompt_key in ("t", "absent"):
+        with pytest.raises(ConfigError, match=r"data\.chat_template: .* has no chat template"):
+            tokenizer_for(prompt_key)

@@ -74,6 +74,7 @@ def load(file: Path, tokenizer: ChatTokenizer, **options: Any) -> SftData:
             "response_key": "response_token_ids",
             "system_prompt": "",
             "prompt_suffix": "",
+            "chat_template": None,
             "max_tokens": 100,
             "vocab": 20,
         }
