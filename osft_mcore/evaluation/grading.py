@@ -179,7 +179,7 @@ class Grader:
                 if self._failed_starts == MAX_FAILED_STARTS:
                     raise GradingError(self._why_no_worker_starts())
             case _:
-                worker.question = None
+                worker.expect_more(ready=not reply["last"])
 
     def _why_no_worker_starts(self) -> str:
         memory = self._config.grader_memory_gib

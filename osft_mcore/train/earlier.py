@@ -104,5 +104,7 @@ def _other_score(before: dict[str, Any], config: RunConfig) -> list[str]:
     lines = changes(before["options"], config)
     changed = [line for line in lines if line.startswith(OF_A_SCORE)]
     if before["identity"] != json.loads(json.dumps(identity(config, "evaluate"))):
-        changed.append("model.path, evaluation.files: what the files hold has changed")
+        changed.append(
+            "model.path, evaluation.files, evaluation.scorer: what the files hold has changed"
+        )
     return changed
