@@ -7,7 +7,7 @@ import sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from osft_mcore.evaluation.formula import Expression, UnreadableError, read_formula
-from osft_mcore.evaluation.spelling import spellings, without_dollars
+from osft_mcore.evaluation.spelling import normalize_answer, spellings, without_dollars
 
 MAX_UNKNOWNS = 2
 """Letters in a difference that sympy is asked to simplify."""
@@ -58,9 +58,9 @@ def _elements(text: str) -> Iterator[str]:
     for position, character in enumerate(text):
         depth += {**dict.fromkeys("([{", 1), **dict.fromkeys(")]}", -1)}.get(character, 0)
         if character == "," and depth == 0:
-            yield text[first:position].strip()
+            yield normalize_answer(text[first:position])
             first = position + 1
-    yield text[first:].strip()
+    yield normalize_answer(text[first:])
 
 
 def _same_element(answer: str, gold: str) -> bool | None:

@@ -154,12 +154,18 @@ class Grader:
 
     def _replies(self) -> list[tuple[WorkerProcess, Reply]]:
         """Sleep until a worker speaks, dies or is late."""
+        # Two lines may have come at once: then nothing would wake this up for the second.
+        if heard := self._heard():
+            return heard
         deadline = min(worker.deadline for worker in self._workers if worker.pending)
         # poll, not select: beside a rollout engine descriptors pass 1024.
         with selectors.PollSelector() as selector:
             for worker in self._workers:
                 selector.register(worker, selectors.EVENT_READ)
             selector.select(max(0.0, deadline - time.monotonic()))
+        return self._heard()
+
+    def _heard(self) -> list[tuple[WorkerProcess, Reply]]:
         heard = [(worker, worker.listen()) for worker in self._workers]
         return [(worker, reply) for worker, reply in heard if reply is not None]
 
@@ -179,7 +185,7 @@ class Grader:
                 if self._failed_starts == MAX_FAILED_STARTS:
                     raise GradingError(self._why_no_worker_starts())
             case _:
-                worker.question = None
+                worker.expect_more(ready=not reply["last"])
 
     def _why_no_worker_starts(self) -> str:
         memory = self._config.grader_memory_gib

@@ -114,11 +114,12 @@ def _serve(new_child: Callable[[], Child], timeout_s: float, questions: int, rep
         for line in lines:
             reply = child.ask(line, time.monotonic() + timeout_s)
             spent = reply["kind"] in ("late", "died", "error")
-            # The reply first: the parent need not wait for the fork.
+            reply["last"] = spent or child.num_judged >= MAX_JUDGED_PER_CHILD
             os.write(replies, _line(reply))
-            if spent or child.num_judged >= MAX_JUDGED_PER_CHILD:
+            if reply["last"]:
                 child.kill()
                 child = new_child()
+                os.write(replies, _line({"kind": "ready"}))
     child.kill()
 
 

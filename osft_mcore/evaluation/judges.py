@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Literal, NotRequired, Protocol, TypedDict
@@ -13,11 +13,26 @@ BOXED_MATH = "boxed_math"
 BOXED_MATH_FAST = "boxed_math_fast"
 
 
+WARM_UP = (
+    (r"\frac{x}{3}", "x/4"),
+    (r"\sqrt{12}", r"2\sqrt{3}"),
+    ("3x^2+4x+1", "(3x+1)(x+1)"),
+    ("(1,7/2]", r"(1, \frac{7}{2}]"),
+    ("(1,2)", "(1,3)"),
+    (r"\{1,2\}", r"\{2,3\}"),
+    (r"x=3\text{ cm}", r"3^\circ"),
+    (r"\frac{\pi}{2}+1", r"\sin(x)"),
+)
+"""One of each usual kind, right and wrong."""
+
+
 class Reply(TypedDict):
     """One line of a worker's output."""
 
     kind: Literal["ready", "unusable", "scored", "late", "died", "error", "gone", "stuck"]
     score: NotRequired[float]
+    last: NotRequired[bool]
+    """Of this child; the worker is `ready` again when the next has been forked."""
     reason: NotRequired[str]
 
 
@@ -70,32 +85,39 @@ def _algebra_judge(timeout_s: float, *, fast: bool) -> Judge:
     # Late: a user's scorer needs no algebra, and its import takes a second.
     from osft_mcore.evaluation.algebra import stages
 
-    def judge(*, answer: str, golds: list[str], num_tokens: int) -> Reply:
-        late, reasons = False, []
-        for gold in golds:
-            for stage in stages(fast=fast):
-                verdict = None
-                try:
-                    # sympy may not use up the time of math-verify, which often knows better.
-                    with _cpu_limit(timeout_s / 3):
-                        verdict = stage(answer, gold)
-                except OutOfTimeError:
-                    late = True
-                except Exception as error:  # The libraries raise anything.
-                    reasons.append(_described(error))
-                if verdict:
-                    return {"kind": "scored", "score": 1.0}
-                if verdict is False:
-                    break
-        if late:
-            return {"kind": "late"}
-        if reasons:
-            return {"kind": "error", "reason": reasons[0]}
-        return {"kind": "scored", "score": 0.0}
+    comparisons = stages(fast=fast)
 
-    # The first comparison loads grammars; no answer's time must pay for that.
-    judge(answer=r"\frac{x}{3}", golds=["x/4"], num_tokens=0)
+    def judge(*, answer: str, golds: list[str], num_tokens: int) -> Reply:
+        replies = [_compare(comparisons, answer, gold, timeout_s / 3) for gold in golds]
+        # What is right by one is right; what is not known of one is not known.
+        return max(replies, key=lambda reply: (reply.get("score", 0.0), reply["kind"] != "scored"))
+
+    # First comparisons load grammars and fill caches; no answer's time must pay for that.
+    for answer, gold in WARM_UP:
+        for comparison in comparisons:
+            comparison(answer, gold)
     return judge
+
+
+def _compare(
+    comparisons: Sequence[Callable[[str, str], bool | None]], answer: str, gold: str, cpu_s: float
+) -> Reply:
+    """Until one of them knows. Each has its own time: math-verify may know what sympy does not."""
+    reply: Reply = {"kind": "scored", "score": 0.0}
+    for comparison in comparisons:
+        try:
+            with _cpu_limit(cpu_s):
+                verdict = comparison(answer, gold)
+        except OutOfTimeError:
+            reply = {"kind": "late"}
+        except Exception as error:  # The libraries raise anything.
+            reply = {"kind": "error", "reason": _described(error)}
+        else:
+            if verdict:
+                return {"kind": "scored", "score": 1.0}
+            if verdict is False:
+                break
+    return reply
 
 
 @contextlib.contextmanager

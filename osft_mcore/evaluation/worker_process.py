@@ -30,7 +30,7 @@ ENVIRONMENT = (
 )
 """What a worker may know: no credentials, nothing of the launcher."""
 
-GRACE = 1.25
+GRACE = 1.4
 """A worker ends its judging child at the deadline. This many deadlines later it hangs itself."""
 
 
@@ -75,6 +75,11 @@ class WorkerProcess:
         line = json.dumps(dataclasses.asdict(question)) + "\n"
         # A long response fills the pipe, but an idle worker empties it at once.
         write_by(self.deadline, self._stdin.fileno(), line.encode("ascii"))
+
+    def expect_more(self, *, ready: bool) -> None:
+        """Its question is answered. If not ready it will be: no answer's time pays for that."""
+        self.question, self.ready = None, ready
+        self.deadline = time.monotonic() + START_TIMEOUT_S
 
     @property
     def pending(self) -> bool:

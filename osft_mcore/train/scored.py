@@ -111,7 +111,9 @@ def check_earlier_scores(config: RunConfig) -> bool:
     other = [line for line in lines if line.startswith(OF_A_SCORE)]
     now, then = json.loads(json.dumps(scores_identity(config))), before["identity"]
     if now["files"] != then.get("files"):
-        other.append("model.path, evaluation.files: what the files hold has changed")
+        other.append(
+            "model.path, evaluation.files, evaluation.scorer: what the files hold has changed"
+        )
     other += [
         f"evaluation.run: the weights after step {step} are others than those that were scored"
         for step, weights in now["weights"].items()
