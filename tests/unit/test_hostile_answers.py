@@ -16,7 +16,7 @@ from osft_mcore.config.schema import EvaluationConfig
 from osft_mcore.evaluation.grading import Grader
 from osft_mcore.evaluation.scorers import Grade, Sample
 
-DEADLINE_S = 0.8
+DEADLINE_S = 1.5
 GENEROUS_S = 60.0
 EASY = Sample(r"\boxed{\frac{2}{2\sqrt{5}}}", r"\frac{\sqrt{5}}{5}")
 CAP_KIB = 1 << 20
@@ -98,7 +98,7 @@ SOME = list(responses().values())[::3]
 
 def scores_of_some() -> tuple[list[float], list[float]]:
     """Of every third hostile answer, and of the reference verifier's pairs."""
-    with new_grader(DEADLINE_S / 2, workers=2) as grader:
+    with new_grader(DEADLINE_S / 4, workers=2) as grader:
         hostile = grader.grade([Sample(text, GOLD) for text in SOME])
     with new_grader(GENEROUS_S, workers=1) as grader:
         ordinary = grader.grade([sample(pair) for pair in ORACLE])
