@@ -62,7 +62,6 @@ OF_A_SCORE: Final = (
     "evaluation.max_problems:",
     "evaluation.portion:",
     "evaluation.scorer:",
-    "evaluation.grader_fast:",
     "evaluation.grader_timeout_s:",
     "evaluation.grader_memory_gib:",
     "evaluation.overlong_",
