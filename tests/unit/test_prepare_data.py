@@ -442,6 +442,12 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         run("amc", local=tmp_path / "nowhere", out=tmp_path / "amc.json", revision="x")
     for part in ("no such file or folder", "--revision", "is a file, expected a folder"):
         assert part in str(caught.value)
+    with pytest.raises(ConfigError, match="--revision: is of one data set"):
+        prepare(
+            request("amc", "aime", local=None, out=tmp_path / "data", revision="x"),
+            Console(enabled=False),
+            None,
+        )
 
 
 def test_sources_that_do_not_fit_are_named_together(tmp_path: Path) -> None:

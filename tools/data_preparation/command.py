@@ -107,7 +107,8 @@ def _unknown(name: str) -> str:
 
 def _source_problems(request: Request, num_data_sets: int) -> list[str]:
     if request.local is None:
-        return []
+        several = request.revision is not None and num_data_sets > 1
+        return ["--revision: is of one data set; name one at a time"] if several else []
     problems = []
     if request.revision is not None:
         problems.append("--revision: is of the hub; a local copy (--from) has none")
@@ -185,7 +186,7 @@ def _say(prepared: Prepared, written: dict[str, dict[str, Any]], console: Consol
         rows += [[f"  dropped: {why}", str(count)] for why, count in report["dropped"].items()]
         if report["duplicates_with_another_answer"]:
             other = str(report["duplicates_with_another_answer"])
-            rows.append(["  of those, with another answer", other])
+            rows.append(["  again, with another answer", other])
     rows += [[f"in {name}", str(report["rows"])] for name, report in written.items()]
     console.table(prepared.data_set.name, ["rows", "count"], rows)
     for split, report in prepared.splits.items():

@@ -53,7 +53,7 @@ def _fetch(data_set: DataSet, split: str, revision: str | None) -> tuple[str, Ro
         )
     except (OSError, ValueError, HTTPError, DatasetsError) as error:
         raise DataError(
-            f"{data_set.name}: {data_set.hub} could not be loaded from the hub "
+            f"{data_set.hub} could not be loaded from the hub "
             f"({type(error).__name__}: {error}); without network name a local copy (--from)"
         ) from error
     return str(commit), rows

@@ -54,7 +54,7 @@ def convert_traces(
     )
     console.table("traces", ["traces", "count"], _counts(cleaned))
     console.say(f"written: {out}, {report}")
-    console.say("train on it with osft sft and data.train; prompt and response are its columns")
+    console.say(f"train on it with: osft sft data.train={out}")
 
 
 def _counts(cleaned: Cleaned) -> list[list[str]]:
