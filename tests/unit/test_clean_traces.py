@@ -217,7 +217,8 @@ def test_osft_sft_reads_the_output(tmp_path: Path) -> None:
     convert_traces(source, out, wrong="drop", force=False, console=Console(enabled=False))
     examples = load_examples(
         out, load_tokenizer(tmp_path / "model", None), prompt_key="prompt",
-        response_key="response", system_prompt="", prompt_suffix="", max_tokens=1000, vocab=20, chat_template=None,
+        response_key="response", system_prompt="", prompt_suffix="", max_tokens=1000, vocab=20,
+        chat_template=None,
     ).examples  # fmt: skip
     assert len(examples) == 1
     report = json.loads(out.with_suffix(".json").read_text())
