@@ -29,6 +29,7 @@ from osft_mcore.rollout.vllm_cpu import (
     prepare_environment,
     private_shared_memory,
     return_freed_memory,
+    whole_prompts,
 )
 from osft_mcore.rollout.vllm_layout import engine_layouts
 from osft_mcore.rollout.vllm_reload import reload_model
@@ -69,6 +70,7 @@ class VllmEngine:
         )
         run_token = all_gather_json(secrets.token_hex(4), context)[0]
         timeout_s = int(60 * context.timeout_minutes)
+        max_model_len = rollout.max_prompt_tokens + rollout.max_response_tokens
         layout = live_parameters() if live_weights else contextlib.nullcontext()
         with layout, private_shared_memory(run_token), _refusal_as_config_error():
             self.llm = LLM(
@@ -80,7 +82,7 @@ class VllmEngine:
                 tensor_parallel_size=rollout.tp,
                 data_parallel_size=context.topology.num_replicas,
                 distributed_executor_backend="external_launcher",
-                max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
+                max_model_len=max_model_len,
                 max_num_seqs=rollout.max_num_seqs,
                 enforce_eager=rollout.enforce_eager,
                 enable_prefix_caching=True,
@@ -90,6 +92,7 @@ class VllmEngine:
                 cpu_distributed_timeout_seconds=timeout_s,
                 seed=seed,
                 **memory,
+                **(whole_prompts(max_model_len) if on_cpu else {}),
             )
 
     @property

@@ -26,6 +26,7 @@ from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.errors import WeightError
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.records import Response
+from osft_mcore.rollout.vllm_cpu import TOKENS_PER_PASS
 from osft_mcore.rollout.vllm_engine import VllmEngine
 from osft_mcore.rollout.vllm_layout import engine_layouts
 from osft_mcore.weights.safetensors_io import load_into
@@ -227,6 +228,30 @@ def test_an_answer_that_ends_at_the_limit_is_not_truncated(
             assert cut.token_ids == full.token_ids[:limit]
             whole = not full.truncated and len(full.token_ids) <= limit
             assert cut.truncated is not whole
+
+
+def many_tokens(_rank: int, folder: Path) -> list[list[Response]]:
+    """All at once, and in two halves; some 50 prompts without a common beginning."""
+    prompts = [
+        dataclasses.replace(
+            prompt, row=row, token_ids=prompt.token_ids * (150 // len(prompt.token_ids))
+        )
+        for row, prompt in enumerate(random_prompts(50, vocab=VOCAB))
+    ]
+    assert sum(len(prompt.token_ids) for prompt in prompts) > 1.5 * TOKENS_PER_PASS
+    engine = open_engine(folder, LAYOUTS["one rank"])
+    how = sampling(1.0, max_tokens=4)
+    half = len(prompts) // 2
+    return [
+        engine.generate(prompts, how),
+        engine.generate(prompts[:half], how) + engine.generate(prompts[half:], how),
+    ]
+
+
+def test_prompts_may_have_more_tokens_than_fit_into_a_pass(folder: Path) -> None:
+    [[at_once, in_halves]] = run_ranks(many_tokens, 1, folder=folder)
+    assert ids(at_once) == ids(in_halves)
+    assert len(set(ids(at_once))) > len(at_once) / 2
 
 
 def refusals(_rank: int, folder: Path) -> list[str]:
