@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from osft_mcore import __version__
 from osft_mcore.config.check import absent_files, check, model_is_here
 from osft_mcore.config.describe import describe
+from osft_mcore.config.evaluation import of_run
 from osft_mcore.config.load import load_config
 from osft_mcore.config.phases import reads_training_data, samples
 from osft_mcore.config.schema import Phase, RunConfig
@@ -65,7 +66,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
         need_files=not arguments.dry_run,
     )
     try:
-        config = load_config(arguments.overrides, arguments.config_dir)
+        config = _load(arguments.overrides, arguments)
     except ConfigError as error:
         hidden = _hidden_by(error, checks, arguments)
         raise ConfigError([*error.problems, *hidden]) from None
@@ -88,6 +89,18 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _load(overrides: Sequence[str], arguments: argparse.Namespace) -> RunConfig:
+    """The options of the command line, over those of conf/ or of the run that is named."""
+    run: Path | None = getattr(arguments, "run", None)
+    if run is None:
+        return load_config(overrides, arguments.config_dir)
+    if arguments.config_dir is not None:
+        raise ConfigError("--run: it takes the options from the run; leave out --config-dir")
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"--run: no config.yaml in {str(run)!r}; expected the folder of a run")
+    return of_run(load_config(overrides, run), run, overrides)
+
+
 def _hidden_by(
     error: ConfigError, checks: Callable[[RunConfig], None], arguments: argparse.Namespace
 ) -> list[str]:
@@ -97,7 +110,7 @@ def _hidden_by(
     if len(rest) == len(arguments.overrides):
         return []
     try:
-        checks(load_config(rest, arguments.config_dir))
+        checks(_load(rest, arguments))
     except ConfigError as more:
         hidden = [problem for problem in more.problems if problem not in error.problems]
         return [f"without the above: {problem}" for problem in hidden]
@@ -131,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
             help="print options, ranks and batches and stop; needs no GPU, model or data",
         )
         command.add_argument("--config-dir", type=Path, help="folder to use instead of conf/")
+        if name == "evaluate":
+            text = "score this run's checkpoints, with the options that it had; into RUN/scores"
+            command.add_argument("--run", type=Path, help=text)
         command.add_argument("overrides", nargs="*", metavar="option=value")
     text = "what is installed here, and which kernel would compute what"
     commands.add_parser("doctor", help=text, description=text)

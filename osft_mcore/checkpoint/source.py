@@ -31,6 +31,11 @@ def shape_of(piece: Piece, layouts: Mapping[str, Layout]) -> tuple[int, ...]:
     return shape if num_elements == prod(shape) else (num_elements,)
 
 
+def checkpoint_weights(folder: Path) -> "CheckpointSource":
+    """The weights of a checkpoint. Raises WeightError if its index or a parameter is damaged."""
+    return CheckpointSource(folder, read_index(folder))
+
+
 class CheckpointSource:
     """One kind of tensors of a checkpoint, as a `WeightSource`."""
 

@@ -12,10 +12,11 @@ from osft_mcore.config.check_algorithm import (
     reference_problems,
 )
 from osft_mcore.config.check_batches import batch_problems
+from osft_mcore.config.check_evaluation import absent_evaluation_files, evaluation_problems
 from osft_mcore.config.divide import divides, divisors, listed, tensor_parallel_problems
 from osft_mcore.config.duration import seconds
 from osft_mcore.config.model_shape import FAMILIES, ModelShape, read_model_shape
-from osft_mcore.config.phases import reads_training_data, samples, scores, trains
+from osft_mcore.config.phases import reads_training_data, samples, trains
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.errors import ConfigError
 
@@ -44,6 +45,7 @@ def check(
         *_unset(config, phase),
         *(_absent_inputs(config, phase) if need_files else ()),
         *_world(config, world_size),
+        *evaluation_problems(config, phase),
         *_optional_parts(config, phase),
     ]
     if trains(phase):
@@ -131,6 +133,7 @@ def _sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
         ("train.micro_batch_size", config.train.micro_batch_size),
         ("train.max_skipped_updates", config.train.max_skipped_updates),
         ("evaluation.num_samples", config.evaluation.num_samples),
+        ("evaluation.portion", config.evaluation.portion),
         ("evaluation.grader_workers", config.evaluation.grader_workers),
         ("checkpoint.keep_last", config.checkpoint.keep_last),
         ("checkpoint.max_failures", config.checkpoint.max_failures),
@@ -162,6 +165,7 @@ def _positive(config: RunConfig) -> Iterable[tuple[str, float]]:
         ("parallel.timeout_minutes", config.parallel.timeout_minutes),
         ("train.eps", config.train.eps),
         ("evaluation.grader_timeout_s", config.evaluation.grader_timeout_s),
+        ("evaluation.grader_memory_gib", config.evaluation.grader_memory_gib),
         ("checkpoint.timeout_minutes", config.checkpoint.timeout_minutes),
         ("checkpoint.max_shard_gib", config.checkpoint.max_shard_gib),
         *((name, limit) for name, limit in limits if limit is not None),
@@ -178,7 +182,9 @@ def _non_negative(config: RunConfig) -> Iterable[tuple[str, float]]:
         ("train.clip_grad", config.train.clip_grad),
         ("evaluation.every", config.evaluation.every),
         ("evaluation.temperature", config.evaluation.temperature),
+        ("evaluation.overlong_buffer_tokens", config.evaluation.overlong_buffer_tokens),
         *(("evaluation.baseline_temperatures", t) for t in config.evaluation.baseline_temperatures),
+        *(("evaluation.steps", step) for step in config.evaluation.steps),
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
     )
@@ -219,10 +225,7 @@ def _absent_inputs(config: RunConfig, phase: Phase) -> Iterator[str]:
     train = config.data.train if reads_training_data(phase) else ""
     if train and not Path(config.data.train).is_file():
         yield f"data.train: {config.data.train!r} is not a file; expected a parquet file"
-    # `osft sft` refuses them, be they there or not.
-    for file in config.evaluation.files if scores(phase) else ():
-        if not Path(file).is_file():
-            yield f"evaluation.files: {file!r} is not a file; expected parquet files"
+    yield from absent_evaluation_files(config, phase)
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         yield f"data.chat_template: {template!r} is not a file; expected a Jinja template"
@@ -322,22 +325,6 @@ def _without_training(config: RunConfig, phase: Phase) -> Iterator[str]:
 
 
 def _optional_parts(config: RunConfig, phase: Phase) -> Iterator[str]:
-    evaluation = config.evaluation
-    if phase == "sft" and evaluation.files:
-        yield (
-            "evaluation.files: osft sft does not sample, so it cannot evaluate; leave them out "
-            "(osft evaluate scores the model that it leaves)"
-        )
-    if phase == "train" and evaluation.baseline_temperatures and not evaluation.before:
-        yield (
-            "evaluation.baseline_temperatures: they are for the starting model, which "
-            "evaluation.before=false leaves out; set it to true or drop them"
-        )
-    if trains(phase) and evaluation.every > 0 and not evaluation.files:
-        yield (
-            f"evaluation.every: found {evaluation.every}, but evaluation.files is empty; "
-            "name the files or set evaluation.every=0"
-        )
     if config.sync.mode == "alias" and not config.rollout.enforce_eager:
         yield (
             "sync.mode: alias needs rollout.enforce_eager=true, because compiled graphs fix where "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from osft_mcore.config.check_batches import sequences_per_update
+from osft_mcore.config.evaluation import temperatures
 from osft_mcore.config.load import to_yaml
 from osft_mcore.config.phases import trains
 from osft_mcore.config.schema import Phase, RunConfig
@@ -212,11 +213,12 @@ def _length_lines(
 def _sampling_table(config: RunConfig, phase: Phase, num_prompts: int | None) -> str:
     if phase == "evaluate":
         evaluation = config.evaluation
-        temperatures = {evaluation.temperature, *evaluation.baseline_temperatures}
-        source = "evaluation.temperature, baseline_temperatures"
+        baseline = not evaluation.run
+        names = "temperature, baseline_temperatures, sweep" if baseline else "temperature, sweep"
+        number = len(temperatures(evaluation, baseline=baseline))
         lines = [
             ("samples a problem", evaluation.num_samples, "", "evaluation.num_samples"),
-            ("temperatures", len(temperatures), "", source),
+            ("temperatures", number, "", f"evaluation.{names}"),
         ]
         return _aligned(lines)
     size, answers = config.train.prompts_per_step, config.rollout.num_samples

@@ -1,5 +1,6 @@
 """Questions with a known answer: what OSFT samples answers to and what evaluation scores."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,13 @@ class Problems:
 
     file: Path
     prompts: tuple[Prompt, ...]
-    num_dropped_overlong: int
-    """Prompts left out because they have more than max_prompt_tokens tokens."""
+    dropped_overlong: dict[str, int]
+    """By data source: prompts left out because they have more than max_prompt_tokens tokens."""
+
+    @property
+    def num_dropped_overlong(self) -> int:
+        """Over all sources."""
+        return sum(self.dropped_overlong.values())
 
 
 def load_problems(
@@ -73,7 +79,9 @@ def load_problems(
     return Problems(
         file=source.path,
         prompts=tuple(_with_unique_ids(kept)),
-        num_dropped_overlong=len(prompts) - len(kept),
+        dropped_overlong=dict(
+            Counter(p.data_source for p in prompts if len(p.token_ids) > max_prompt_tokens)
+        ),
     )
 
 

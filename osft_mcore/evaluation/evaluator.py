@@ -1,14 +1,14 @@
-"""Sampling held-out problems, grading the answers, and summing up per data source."""
+"""Sampling held-out problems, and grading one portion of answers while the next is sampled."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from osft_mcore.errors import DataError, GradingError
-from osft_mcore.evaluation.grading import Grade, Grader, GradeStatus
-from osft_mcore.evaluation.pass_at_k import ks_for, pass_at_k
-from osft_mcore.evaluation.statistics import Interval, stratified_ci
+from osft_mcore.evaluation.grading import Grader
+from osft_mcore.evaluation.results import Answer, Evaluation, SourceScores, by_problem
+from osft_mcore.evaluation.scorers import Grade, Sample, final_answer
 from osft_mcore.records import Prompt, Response, Sampling
 
 if TYPE_CHECKING:
@@ -18,65 +18,8 @@ if TYPE_CHECKING:
 EVALUATION_SEED_OFFSET = 1 << 31
 """Added to the run seed: training samples of the same step and row draw other numbers."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """One graded response, as kept in the run folder."""
-
-    data_source: str
-    prompt_id: str
-    sample_index: int
-    text: str
-    ground_truth: str
-    num_tokens: int
-    truncated: bool
-    correct: bool
-    status: GradeStatus
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceScores:
-    """The scores of one data source."""
-
-    data_source: str
-    prompt_ids: tuple[str, ...]
-    num_correct: tuple[int, ...]
-    """Correct samples per problem, in the order of `prompt_ids`."""
-    num_samples: int
-    """Samples per problem."""
-    response_length_mean: float
-    """In tokens, as the two below where they apply."""
-    response_length_max: int
-    cut_off_ratio: float
-    """Share of the responses that hit the token limit."""
-    num_no_answer: int
-    num_timeouts: int
-    num_errors: int
-
-    @property
-    def fractions_correct(self) -> tuple[float, ...]:
-        """Share of correct samples per problem, in the order of `prompt_ids`."""
-        return tuple(count / self.num_samples for count in self.num_correct)
-
-    def pass_at(self, k: int) -> float:
-        """Unbiased pass@k, mean over problems; k <= num_samples."""
-        scores = [pass_at_k(self.num_samples, count, k) for count in self.num_correct]
-        return sum(scores) / len(scores)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """One pass over all held-out problems."""
-
-    step: int
-    temperature: float
-    sources: tuple[SourceScores, ...]
-    answers: tuple[Answer, ...]
-
-    @property
-    def pass_at_1(self) -> float:
-        """Mean over data sources of the mean over their problems; sources weigh the same."""
-        return sum(source.pass_at(1) for source in self.sources) / len(self.sources)
+Portion = tuple[int, tuple[Answer, ...] | None]
+"""Its number, and its graded answers; None on ranks that do not grade."""
 
 
 class Evaluator:
@@ -93,12 +36,15 @@ class Evaluator:
         top_p: float,
         max_tokens: int,
         seed: int,
-        max_undecided: float = 0.1,
+        portion: int,
+        scorer: str,
+        max_ungraded_share: float,
     ) -> None:
         """`problems` by data source; `grader` on the one rank that grades, None on the others.
 
-        `seed` is the run's. `max_undecided` is the share of answers whose grading may time out
-        or fail. Raises DataError if a source is empty or names a problem twice.
+        `seed` is the run's. `portion`: answers that are sampled in one call of the engine.
+        `max_ungraded_share` is the share of answers whose grading may time out or fail. Raises
+        DataError if a source is empty or names a problem twice.
         """
         check_problems(problems)
         self._engine = engine
@@ -109,107 +55,122 @@ class Evaluator:
         self._top_p = top_p
         self._max_tokens = max_tokens
         self._seed = seed + EVALUATION_SEED_OFFSET
-        self._max_undecided = max_undecided
+        self._portion, self._scorer = portion, scorer
+        self._max_ungraded_share = max_ungraded_share
 
-    def run(self, step: int, temperature: float) -> Evaluation | None:
-        """Sample and grade every problem. Collective over the world; None without a grader.
+    def num_portions(self, temperature: float) -> int:
+        """Into which `graded` cuts the work."""
+        return len(self._portions(temperature))
 
-        At temperature 0 all samples of a problem would be equal, so that one is drawn.
-        Raises GradingError if too many answers stayed undecided.
+    def graded(
+        self, step: int, temperature: float, *, skip: Collection[int] = ()
+    ) -> Iterator[Portion]:
+        """Sample and grade every portion that is not in `skip`, in order.
+
+        One is graded, by another thread and its workers, while the next is sampled. A sample's
+        random numbers are its own: how problems are cut into portions changes none. At
+        temperature 0 all samples of a problem would be equal, so that one is drawn.
+        Collective over the world, `skip` alike on every rank. Raises GradingError as soon as too
+        many answers could not be graded.
         """
-        num_samples = self._num_samples if temperature > 0 else 1
         sampling = Sampling(
             temperature=temperature,
             top_p=self._top_p,
-            num_samples=num_samples,
+            num_samples=self._drawn(temperature),
             logprobs=False,
             max_tokens=self._max_tokens,
             seed=self._seed,
             step=step,
         )
-        prompts = [prompt for group in self._problems.values() for prompt in group]
-        responses = self._engine.generate(prompts, sampling)
-        if self._grader is None:
-            return None
-        answers = self._grade(self._grader, responses)
-        _refuse_undecided(answers, self._max_undecided)
-        return self._evaluation(step, temperature, answers, num_samples)
+        under_way: tuple[int, Future[tuple[Answer, ...]] | None] | None = None
+        ungraded: list[Answer] = []
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            for number, prompts in enumerate(self._portions(temperature)):
+                if number in skip:
+                    continue
+                responses = self._engine.generate(prompts, sampling)
+                if under_way is not None:
+                    yield self._finished(under_way, ungraded, temperature)
+                future = None
+                if self._grader is not None:
+                    future = pool.submit(self._grade, self._grader, responses)
+                under_way = number, future
+            if under_way is not None:
+                yield self._finished(under_way, ungraded, temperature)
 
-    def recall(
-        self, step: int, temperature: float, rows: Sequence[Mapping[str, Any]]
+    def evaluation(
+        self, step: int, temperature: float, answers: Sequence[Answer]
     ) -> Evaluation | None:
-        """The evaluation whose answers, as dicts, were kept; not collective.
+        """The evaluation that has these answers; not collective.
 
         None if they are not the answers to these problems, or of another number of samples.
         """
-        num_samples = self._num_samples if temperature > 0 else 1
-        try:
-            answers = tuple(Answer(**row) for row in rows)
-        except TypeError:
-            return None
+        drawn = self._drawn(temperature)
         found = Counter((a.data_source, a.prompt_id, a.ground_truth) for a in answers)
         expected = {
-            (source, prompt.prompt_id, prompt.ground_truth): num_samples
+            (source, prompt.prompt_id, prompt.ground_truth): drawn
             for source, prompts in self._problems.items()
             for prompt in prompts
         }
         if found != expected:
             return None
-        return self._evaluation(step, temperature, answers, num_samples)
-
-    def _evaluation(
-        self, step: int, temperature: float, answers: tuple[Answer, ...], num_samples: int
-    ) -> Evaluation:
+        grouped = by_problem(answers)
         return Evaluation(
             step=step,
             temperature=temperature,
             sources=tuple(
-                _sum_up(source, group, answers, num_samples)
-                for source, group in self._problems.items()
+                SourceScores(
+                    data_source=source,
+                    problems=tuple(grouped[source, prompt.prompt_id] for prompt in prompts),
+                    num_asked=self._num_samples,
+                )
+                for source, prompts in self._problems.items()
             ),
-            answers=answers,
         )
+
+    def _drawn(self, temperature: float) -> int:
+        return self._num_samples if temperature > 0 else 1
+
+    def _portions(self, temperature: float) -> list[list[Prompt]]:
+        prompts = [prompt for group in self._problems.values() for prompt in group]
+        size = max(1, self._portion // self._drawn(temperature))
+        return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+    def _finished(
+        self,
+        under_way: tuple[int, Future[tuple[Answer, ...]] | None],
+        ungraded: list[Answer],
+        temperature: float,
+    ) -> Portion:
+        number, future = under_way
+        if future is None:
+            return number, None
+        answers = future.result()
+        ungraded += [answer for answer in answers if answer.status in ("timeout", "error")]
+        total = sum(map(len, self._problems.values())) * self._drawn(temperature)
+        _refuse_ungraded(ungraded, total, self._max_ungraded_share)
+        return number, answers
 
     def _grade(self, grader: Grader, responses: Sequence[Response]) -> tuple[Answer, ...]:
         texts = [self._decode(response.token_ids) for response in responses]
-        golds = [response.prompt.ground_truth for response in responses]
-        grades = grader.grade(list(zip(texts, golds, strict=True)))
+        grades = grader.grade(
+            [
+                Sample(text, response.prompt.ground_truth, len(response.token_ids))
+                for response, text in zip(responses, texts, strict=True)
+            ]
+        )
         return tuple(
-            _answer(response, text, grade)
+            _answer(response, text, grade, self._scorer)
             for response, text, grade in zip(responses, texts, grades, strict=True)
         )
 
 
-def metrics(evaluation: Evaluation) -> dict[str, float]:
-    """What one evaluation adds to the run's metrics."""
-    values = {
-        "eval/pass_at_1": evaluation.pass_at_1,
-        "eval/temperature": evaluation.temperature,
-    }
-    for source in evaluation.sources:
-        prefix = f"eval/{source.data_source}"
-        values |= {f"{prefix}/pass@{k}": source.pass_at(k) for k in ks_for(source.num_samples)}
-        values |= {
-            f"{prefix}/response_length_mean": source.response_length_mean,
-            f"{prefix}/response_length_max": source.response_length_max,
-            f"{prefix}/cut_off_ratio": source.cut_off_ratio,
-            f"{prefix}/no_answer": source.num_no_answer,
-            f"{prefix}/timeouts": source.num_timeouts,
-            f"{prefix}/errors": source.num_errors,
-        }
-    return values
-
-
-def gain_ci(before: Evaluation, after: Evaluation, *, seed: int, level: float = 0.95) -> Interval:
-    """Interval of after.pass_at_1 - before.pass_at_1, paired by problem, within each source."""
-    olds, news = before.sources, after.sources
-    if [old.prompt_ids for old in olds] != [new.prompt_ids for new in news]:
-        raise ValueError("a gain needs two evaluations of the same problems in the same order")
-    gains = [
-        [b - a for a, b in zip(old.fractions_correct, new.fractions_correct, strict=True)]
-        for old, new in zip(olds, news, strict=True)
-    ]
-    return stratified_ci(gains, seed=seed, level=level)
+def read_answers(rows: Sequence[Mapping[str, Any]]) -> tuple[Answer, ...]:
+    """Answers as they were kept; () if one of them is none."""
+    try:
+        return tuple(Answer(**row) for row in rows)
+    except TypeError:
+        return ()
 
 
 def check_problems(problems: Mapping[str, Sequence[Prompt]]) -> None:
@@ -232,54 +193,34 @@ def check_problems(problems: Mapping[str, Sequence[Prompt]]) -> None:
         raise DataError("\n".join(found))
 
 
-def _answer(response: Response, text: str, grade: Grade) -> Answer:
+def _answer(response: Response, text: str, grade: Grade, scorer: str) -> Answer:
     return Answer(
         data_source=response.prompt.data_source,
         prompt_id=response.prompt.prompt_id,
         sample_index=response.sample_index,
         text=text,
         ground_truth=response.prompt.ground_truth,
+        prediction=final_answer(text, scorer),
         num_tokens=len(response.token_ids),
         truncated=response.truncated,
+        score=grade.score,
         correct=grade.correct,
         status=grade.status,
+        reason=grade.reason,
     )
 
 
-def _refuse_undecided(answers: Sequence[Answer], max_share: float) -> None:
-    undecided = [answer for answer in answers if answer.status in ("timeout", "error")]
-    if len(undecided) <= max_share * len(answers):
+def _refuse_ungraded(ungraded: Sequence[Answer], num_answers: int, max_share: float) -> None:
+    if len(ungraded) <= max_share * num_answers:
         return
-    counts = Counter(answer.status for answer in undecided)
-    first = undecided[0]
+    counts = Counter(answer.status for answer in ungraded)
+    first = ungraded[0]
+    why = f" ({first.reason})" if first.reason else ""
     raise GradingError(
-        f"{len(undecided)} of {len(answers)} answers could not be graded "
-        f"({counts['timeout']} timeouts, {counts['error']} errors), at most {max_share:.0%} may. "
-        f"The first: {first.data_source}, problem {first.prompt_id}, "
-        f"expected answer {first.ground_truth!r}. "
-        "Raise evaluation.grader_timeout_s, or correct the answers in evaluation.files."
-    )
-
-
-def _sum_up(
-    data_source: str, prompts: Sequence[Prompt], answers: Sequence[Answer], num_samples: int
-) -> SourceScores:
-    own = [answer for answer in answers if answer.data_source == data_source]
-    assert len(own) == len(prompts) * num_samples, (
-        f"{data_source}: {len(own)} responses for {len(prompts)} problems x {num_samples} samples"
-    )
-    correct = Counter(answer.prompt_id for answer in own if answer.correct)
-    statuses = Counter(answer.status for answer in own)
-    lengths = [answer.num_tokens for answer in own]
-    return SourceScores(
-        data_source=data_source,
-        prompt_ids=tuple(prompt.prompt_id for prompt in prompts),
-        num_correct=tuple(correct[prompt.prompt_id] for prompt in prompts),
-        num_samples=num_samples,
-        response_length_mean=sum(lengths) / len(lengths),
-        response_length_max=max(lengths),
-        cut_off_ratio=sum(answer.truncated for answer in own) / len(own),
-        num_no_answer=statuses["no_answer"],
-        num_timeouts=statuses["timeout"],
-        num_errors=statuses["error"],
+        f"{len(ungraded)} of {num_answers} answers could not be graded "
+        f"({counts['timeout']} timeouts, {counts['error']} errors), at most {max_share:.0%} may "
+        f"(evaluation.max_ungraded_share). The first: {first.data_source}, problem "
+        f"{first.prompt_id}, expected answer {first.ground_truth!r}, {first.status}{why}. "
+        "Raise evaluation.grader_timeout_s, or correct the answers in evaluation.files or the "
+        "function of evaluation.scorer."
     )

@@ -1,23 +1,28 @@
-"""Scoring responses 0 or 1: string comparison first, then algebra in killable processes."""
+"""Scoring responses: spelling first, then algebra or a user's function in killable processes."""
 
+import os
 import selectors
 import sys
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType, TracebackType
-from typing import Literal, Self
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+from osft_mcore.config.schema import EvaluationConfig
 from osft_mcore.errors import GradingError
-from osft_mcore.evaluation.answers import last_boxed, same_string, without_dollars
-from osft_mcore.evaluation.worker_process import Event, Question, WorkerProcess
-
-MAX_ANSWER_CHARS = 2000
-"""Longer answers are compared as strings only. JSON of two such answers fits into a pipe."""
-
-MAX_ASKED_PER_WORKER = 1000
-"""Then the worker is replaced: the algebra system's caches only grow."""
+from osft_mcore.evaluation.judges import Reply
+from osft_mcore.evaluation.scorers import (
+    SCORERS,
+    Grade,
+    Question,
+    Sample,
+    ScorerOptions,
+    from_file,
+)
+from osft_mcore.evaluation.worker_process import WorkerProcess
 
 MAX_ATTEMPTS = 2
 """Workers that one answer may lose, by any cause but its own timeout, before it is an error."""
@@ -26,45 +31,26 @@ MAX_FAILED_STARTS = 3
 
 MAX_CACHED = 100_000
 
-GradeStatus = Literal["ok", "no_answer", "timeout", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class Grade:
-    """The score of one response."""
-
-    correct: bool
-    status: GradeStatus
-    """`timeout` and `error` mean that nobody knows; they count as not correct."""
-
-
-GRADE_OF: Mapping[Event, Grade] = MappingProxyType(
-    {
-        "correct": Grade(correct=True, status="ok"),
-        "wrong": Grade(correct=False, status="ok"),
-        "unreadable_gold": Grade(correct=False, status="error"),
-        "died": Grade(correct=False, status="error"),
-        "late": Grade(correct=False, status="timeout"),
-    }
-)
-
 
 class Grader:
-    """Grades the last boxed answer of responses. One caller at a time; no collective.
+    """Scores responses by `evaluation.scorer`. Safe to call from several threads; no collective.
 
-    Workers start at the first answer that needs algebra and end with `close`.
+    Workers start at the first answer that spelling does not decide, and end with `close`.
     """
 
-    def __init__(self, num_workers: int, timeout_s: float) -> None:
-        if num_workers < 1 or timeout_s <= 0:
-            raise ValueError(
-                f"need num_workers >= 1 and timeout_s > 0, got {num_workers=}, {timeout_s=}"
-            )
-        self._num_workers = num_workers
-        self._timeout_s = timeout_s
+    def __init__(self, config: EvaluationConfig, max_response_tokens: int) -> None:
+        self._scorer = SCORERS.get(config.scorer, from_file)
+        self._options = ScorerOptions(
+            max_tokens=max_response_tokens,
+            overlong_buffer_tokens=config.overlong_buffer_tokens,
+        )
+        self._judge = config.scorer if config.scorer in SCORERS else _absolute(config.scorer)
+        self._config = config
         self._workers: list[WorkerProcess] = []
         self._failed_starts = 0
         self._cache: dict[Question, Grade] = {}
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -79,28 +65,51 @@ class Grader:
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
-        """Process ids of the running workers."""
+        """Process ids of the running workers; each has a child that judges."""
         return tuple(worker.pid for worker in self._workers)
 
-    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Score (response text, ground truth) pairs, in order.
+    def grade(self, samples: Sequence[Sample]) -> list[Grade]:
+        """Score responses, in order.
 
-        Takes at most about `timeout_s` per distinct hard answer and worker. Raises GradingError
-        if no worker can be started.
+        Takes at most about `evaluation.grader_timeout_s` per distinct hard answer and worker.
+        Raises GradingError if no worker can be started.
         """
-        drafts = [_grade_as_string(response, gold) for response, gold in pairs]
+        drafts = [self._scorer(sample, self._options) for sample in samples]
         questions = {draft: None for draft in drafts if isinstance(draft, Question)}
-        new = [question for question in questions if question not in self._cache]
-        if len(self._cache) + len(new) > MAX_CACHED:
-            self._cache.clear()
-            new = list(questions)
-        self._cache |= self._ask_workers(new)
-        return [self._cache[draft] if isinstance(draft, Question) else draft for draft in drafts]
+        self._leave_workers_of_another_process()
+        with self._lock:
+            new = [question for question in questions if question not in self._cache]
+            if len(self._cache) + len(new) > MAX_CACHED:
+                self._cache.clear()
+                new = list(questions)
+            self._cache |= self._ask_workers(new)
+            return [
+                self._cache[draft] if isinstance(draft, Question) else draft for draft in drafts
+            ]
+
+    def check(self) -> None:
+        """Raise GradingError if the workers cannot load a scorer from a file."""
+        if self._scorer is from_file:
+            with self._lock:
+                self._workers.append(self._new_worker())
+                while not self._workers[0].ready:
+                    for worker, reply in self._replies():
+                        self._update(worker, reply)
+                    if not self._workers:
+                        self._workers.append(self._new_worker())
 
     def close(self) -> None:
         """End the workers; a later `grade` starts new ones."""
+        self._leave_workers_of_another_process()
         while self._workers:
             self._workers.pop().kill()
+
+    def _leave_workers_of_another_process(self) -> None:
+        """In a forked copy: two that read one worker's replies would mix them up."""
+        if self._owner != os.getpid():
+            self._owner, self._lock = os.getpid(), threading.Lock()
+            while self._workers:
+                self._workers.pop().abandon()
 
     def _ask_workers(self, questions: Sequence[Question]) -> dict[Question, Grade]:
         waiting = deque(questions)
@@ -109,16 +118,17 @@ class Grader:
         try:
             while len(grades) < len(questions):
                 self._hand_out(waiting)
-                for worker, event in self._next_events():
+                for worker, reply in self._replies():
                     question = worker.question
-                    self._update(worker, event)
+                    self._update(worker, reply)
                     if question is None:
                         continue
-                    losses[question] += event == "died"
-                    if event == "died" and losses[question] < MAX_ATTEMPTS:
+                    lost = reply["kind"] in ("died", "gone")
+                    losses[question] += lost
+                    if lost and losses[question] < MAX_ATTEMPTS:
                         waiting.append(question)
                     else:
-                        grades[question] = GRADE_OF[event]
+                        grades[question] = _grade(reply)
         finally:
             # After an interrupt a late verdict would be taken for the next question's.
             for worker in [worker for worker in self._workers if worker.question is not None]:
@@ -131,56 +141,79 @@ class Grader:
             if waiting and not worker.pending:
                 worker.ask(waiting.popleft())
         num_free = sum(worker.question is None for worker in self._workers)
-        num_missing = min(len(waiting) - num_free, self._num_workers - len(self._workers))
-        self._workers += [WorkerProcess(self._timeout_s) for _ in range(num_missing)]
+        room = self._config.grader_workers - len(self._workers)
+        num_missing = min(len(waiting) - num_free, room)
+        self._workers += [self._new_worker() for _ in range(num_missing)]
 
-    def _next_events(self) -> list[tuple[WorkerProcess, Event]]:
+    def _new_worker(self) -> WorkerProcess:
+        return WorkerProcess(
+            self._judge,
+            timeout_s=self._config.grader_timeout_s,
+            memory_bytes=int(self._config.grader_memory_gib * 2**30),
+        )
+
+    def _replies(self) -> list[tuple[WorkerProcess, Reply]]:
         """Sleep until a worker speaks, dies or is late."""
+        # Two lines may have come at once: then nothing would wake this up for the second.
+        if heard := self._heard():
+            return heard
         deadline = min(worker.deadline for worker in self._workers if worker.pending)
         # poll, not select: beside a rollout engine descriptors pass 1024.
         with selectors.PollSelector() as selector:
             for worker in self._workers:
                 selector.register(worker, selectors.EVENT_READ)
             selector.select(max(0.0, deadline - time.monotonic()))
-        heard = [(worker, worker.listen()) for worker in self._workers]
-        return [(worker, event) for worker, event in heard if event is not None]
+        return self._heard()
 
-    def _update(self, worker: WorkerProcess, event: Event) -> None:
-        if event == "ready":
-            worker.ready = True
-            self._failed_starts = 0
-        elif event in ("died", "late"):
-            self._remove(worker)
-            self._failed_starts += not worker.ready
-            if self._failed_starts == MAX_FAILED_STARTS:
+    def _heard(self) -> list[tuple[WorkerProcess, Reply]]:
+        heard = [(worker, worker.listen()) for worker in self._workers]
+        return [(worker, reply) for worker, reply in heard if reply is not None]
+
+    def _update(self, worker: WorkerProcess, reply: Reply) -> None:
+        match reply["kind"]:
+            case "ready":
+                worker.ready = True
+                self._failed_starts = 0
+            case "unusable":
                 raise GradingError(
-                    f"{MAX_FAILED_STARTS} grading workers in a row ended before they were ready. "
-                    "Is math-verify installed, and 1 GiB of memory free? The reason is printed by: "
-                    f"{sys.executable} -m osft_mcore.evaluation.grading_worker 5 < /dev/null"
+                    f"evaluation.scorer: found {self._config.scorer!r}, expected a function in a "
+                    f"Python file: {reply['reason']}"
                 )
-        else:
-            worker.question = None
-            if worker.num_asked >= MAX_ASKED_PER_WORKER:
+            case "gone" | "stuck":
                 self._remove(worker)
+                self._failed_starts += not worker.ready
+                if self._failed_starts == MAX_FAILED_STARTS:
+                    raise GradingError(self._why_no_worker_starts())
+            case _:
+                worker.expect_more(ready=not reply["last"])
+
+    def _why_no_worker_starts(self) -> str:
+        memory = self._config.grader_memory_gib
+        return (
+            f"{MAX_FAILED_STARTS} grading workers in a row ended before they were ready. "
+            f"Is math-verify installed, and is evaluation.grader_memory_gib = {memory:g} enough? "
+            f"The reason is printed by: {sys.executable} -m osft_mcore.evaluation.grading_worker "
+            f"--scorer={self._judge} --timeout-s=5 --memory-bytes={int(memory * 2**30)} "
+            "< /dev/null"
+        )
 
     def _remove(self, worker: WorkerProcess) -> None:
         self._workers.remove(worker)
         worker.kill()
 
 
-def _grade_as_string(response: str, ground_truth: str) -> Grade | Question:
-    """The grade if spelling decides it, else the question to put to a worker."""
-    answer = last_boxed(response)
-    if answer is None:
-        return Grade(correct=False, status="no_answer")
-    gold = last_boxed(ground_truth) or ground_truth
-    if max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
-        same: bool | None = answer.strip() == gold.strip()
-        # A long answer to a short question is wrong; a long gold answer is beyond this grader.
-        if not same and len(gold) > MAX_ANSWER_CHARS:
-            return GRADE_OF["unreadable_gold"]
-    else:
-        same = same_string(answer, gold)
-    if same is None:
-        return Question(answer=without_dollars(answer), gold=without_dollars(gold))
-    return GRADE_OF["correct" if same else "wrong"]
+def _grade(reply: Reply) -> Grade:
+    match reply["kind"]:
+        case "scored":
+            return Grade(reply["score"], "ok")
+        case "late" | "stuck":
+            return Grade(0.0, "timeout")
+        case "died" | "gone":
+            return Grade(0.0, "error", "the worker died, twice")
+        case _:
+            return Grade(0.0, "error", reply["reason"])
+
+
+def _absolute(scorer: str) -> str:
+    path, _, name = scorer.rpartition(":")
+    return f"{Path(path).resolve()}:{name}"

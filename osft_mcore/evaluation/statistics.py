@@ -1,4 +1,4 @@
-"""Percentile bootstrap over problems: how far a mean would move with other problems."""
+"""How sure a mean over problems is: bootstrap intervals and a paired permutation test; pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +64,45 @@ def stratified_ci(
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, (tail, 1.0 - tail))
     return Interval(low=float(low), high=float(high))
+
+
+def paired_p_value(
+    before: Sequence[Sequence[float]],
+    after: Sequence[Sequence[float]],
+    *,
+    seed: int,
+    num_permutations: int = 10_000,
+) -> float:
+    """Chance of a difference at least this large, either way, if before and after were alike.
+
+    Of the mean over groups of each group's mean, problems paired. Then each problem's difference
+    might as well have the other sign: (1 + permutations that reach it) / (1 + num_permutations),
+    all being drawn at random (Phipson and Smyth 2010, doi:10.2202/1544-6115.1585).
+    """
+    rng = np.random.default_rng(seed)
+    groups = [
+        np.asarray(_differences(olds, news)) for olds, news in zip(before, after, strict=True)
+    ]
+    if not groups or any(group.size == 0 for group in groups):
+        raise ValueError("a test needs at least one group and one problem in every group")
+    observed = abs(np.mean([group.mean() for group in groups]))
+    found = np.mean([_random_signs(group, rng, num_permutations) for group in groups], axis=0)
+    # What differs by rounding alone is a tie.
+    reached = np.abs(found) >= observed - 1e-12
+    return float(1 + reached.sum()) / (1 + num_permutations)
+
+
+def _random_signs(
+    differences: NDArray[np.float64], rng: np.random.Generator, num: int
+) -> NDArray[np.float64]:
+    """Means of the differences under `num` draws of signs."""
+    rows = max(1, MAX_CHUNK_DRAWS // differences.size)
+    chunks = []
+    for start in range(0, num, rows):
+        size = (min(rows, num - start), differences.size)
+        signs = 2 * rng.integers(2, size=size, dtype=np.int8) - 1
+        chunks.append(signs @ differences / differences.size)
+    return np.concatenate(chunks)
 
 
 def _differences(before: Sequence[float], after: Sequence[float]) -> list[float]:

@@ -2,42 +2,22 @@
 
 # The launcher looks here too, so nothing that takes long to import.
 
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from osft_mcore.config.load import as_options
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.data.order import single_pass
 from osft_mcore.errors import ConfigError, NothingLeft
 from osft_mcore.log.run_folder import BATCHES
 from osft_mcore.records import Prompt
-from osft_mcore.train.identity import changes, conflicts, identity
+from osft_mcore.train.identity import conflicts
 from osft_mcore.train.resume import RUN_MANIFEST, SUMMARY, read_json
 
 SOLUTIONS: Final = "solutions.jsonl"
 """What `osft generate` leaves behind."""
-OF_A_SCORE: Final = (
-    "seed:",
-    "model.",
-    "rollout.max_prompt_tokens:",
-    "rollout.max_response_tokens:",
-    "data.prompt_key:",
-    "data.system_prompt:",
-    "data.prompt_suffix:",
-    "data.chat_template:",
-    "evaluation.files:",
-    "evaluation.num_samples:",
-    "evaluation.temperature:",
-    "evaluation.top_p:",
-    "evaluation.baseline_temperatures:",
-    "evaluation.max_problems:",
-    "evaluation.grader_timeout_s:",
-)
-"""How lines on options begin that change what `osft evaluate` finds."""
 
 
 def batches_of(config: RunConfig, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
@@ -78,44 +58,38 @@ def sweep_batches(folder: Path) -> None:
         shutil.rmtree(folder / BATCHES)
 
 
-def began_with(config: RunConfig, phase: Phase) -> dict[str, Any]:
-    """What the manifest keeps, for a later start to know whether it goes on with the same."""
-    return {"options": as_options(config), "identity": identity(config, phase)}
+def check_earlier(config: RunConfig) -> bool:
+    """True if output_dir holds an `osft generate` run to go on with; not collective.
 
-
-def check_earlier(config: RunConfig, phase: Phase) -> bool:
-    """True if output_dir holds a run of these options to go on with; not collective.
-
-    Raises NothingLeft if it has ended, ConfigError if it is another run.
+    Raises ConfigError if it is another run.
     """
-    path = Path(config.output_dir)
-    if config.checkpoint.resume == "never" or not (path / RUN_MANIFEST).is_file():
+    if (before := manifest_before(config, "generate")) is None:
         return False
-    before = read_json(path / RUN_MANIFEST)
-    choose = "choose another output_dir"
+    refuse_other(config, conflicts(before["options"], before["identity"], config, "generate"))
+    return True
+
+
+def manifest_before(config: RunConfig, phase: Phase) -> dict[str, Any] | None:
+    """What an earlier start has kept in output_dir; None if a run begins.
+
+    Raises ConfigError if output_dir holds a run of another command.
+    """
+    manifest = Path(config.output_dir) / RUN_MANIFEST
+    if config.checkpoint.resume == "never" or not manifest.is_file():
+        return None
+    before = read_json(manifest)
     if before.get("phase") != phase or not {"options", "identity"} <= before.keys():
         raise ConfigError(
-            f"output_dir: {config.output_dir!r} holds an `osft {before.get('phase')}` run; {choose}"
+            f"output_dir: {config.output_dir!r} holds an `osft {before.get('phase')}` run; choose "
+            "another output_dir"
         )
-    ended = (path / SUMMARY).is_file()
-    if phase == "evaluate":
-        # A score is of its options; of an unfinished run nothing is used.
-        other = _other_score(before, config) if ended else []
-    else:
-        other = conflicts(before["options"], before["identity"], config, phase)
+    return before
+
+
+def refuse_other(config: RunConfig, other: Sequence[str]) -> None:
+    """Raise ConfigError if there are lines on what is other than before."""
     if other:
         raise ConfigError(
             [*other, f"output_dir: {config.output_dir!r} holds the run with the other values; "
-             f"restore these, or {choose}"]
+             "restore these, or choose another output_dir"]
         )  # fmt: skip
-    if ended and phase == "evaluate":
-        raise NothingLeft(f"the scores are in {path / SUMMARY}; to score anew {choose}")
-    return phase == "generate"
-
-
-def _other_score(before: dict[str, Any], config: RunConfig) -> list[str]:
-    lines = changes(before["options"], config)
-    changed = [line for line in lines if line.startswith(OF_A_SCORE)]
-    if before["identity"] != json.loads(json.dumps(identity(config, "evaluate"))):
-        changed.append("model.path, evaluation.files: what the files hold has changed")
-    return changed

@@ -47,7 +47,7 @@ def run_generate(
     )
     rollout = config.rollout
     console.say(f"tau_sample {rollout.tau_sample:g}, {rollout.num_samples} answers a prompt")
-    goes_on = check_earlier(config, "generate")
+    goes_on = check_earlier(config)
     check_pass_left(config, len(batches))
     with open_sampler(
         config, "generate", context, console, build_engine, tokenizer, keep=goes_on

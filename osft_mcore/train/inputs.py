@@ -1,9 +1,11 @@
 """What a run reads before it builds a model: tokenizer, prompts, held-out problems."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from osft_mcore.config.evaluation import benchmark_files
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import steps_per_epoch
@@ -20,12 +22,18 @@ class HeldOut:
     """Problems to score on, by data source, and what was left out."""
 
     by_source: dict[str, tuple[Prompt, ...]]
-    num_dropped_overlong: int
+    dropped_overlong: dict[str, int]
+    """By data source: problems longer than rollout.max_prompt_tokens."""
 
     @property
     def num_problems(self) -> int:
         """Over all sources."""
         return sum(len(prompts) for prompts in self.by_source.values())
+
+    @property
+    def num_dropped_overlong(self) -> int:
+        """Over all sources."""
+        return sum(self.dropped_overlong.values())
 
 
 def load_train_prompts(config: RunConfig, tokenizer: ChatTokenizer) -> Problems:
@@ -59,7 +67,7 @@ def load_held_out(config: RunConfig, tokenizer: ChatTokenizer) -> HeldOut:
     limit = config.evaluation.max_problems
     files = [
         _load(config, tokenizer, file, option="evaluation.files", limit=limit)
-        for file in config.evaluation.files
+        for file in benchmark_files(config)
     ]
     by_source: dict[str, list[Prompt]] = {}
     for problems in files:
@@ -69,7 +77,7 @@ def load_held_out(config: RunConfig, tokenizer: ChatTokenizer) -> HeldOut:
         check_problems(by_source)
     return HeldOut(
         by_source={source: tuple(prompts) for source, prompts in by_source.items()},
-        num_dropped_overlong=sum(problems.num_dropped_overlong for problems in files),
+        dropped_overlong=dict(sum((Counter(at.dropped_overlong) for at in files), Counter())),
     )
 
 

@@ -8,7 +8,7 @@ from osft_mcore.actor.result import UpdateResult
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import batch_rows, steps_per_epoch
 from osft_mcore.errors import DataError
-from osft_mcore.evaluation.evaluator import Evaluation
+from osft_mcore.evaluation.results import Evaluation
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from osft_mcore.actor.actor import Actor
+from osft_mcore.config.evaluation import benchmark_files
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
@@ -85,7 +86,7 @@ def open_loop(
             stack.callback(engine.close)
             sync = build_sync(config, actor, engine, version=point.num_pushes if point else 0)
         _say_deliveries(console, sync)
-        files = [config.data.train, *config.evaluation.files]
+        files = [config.data.train, *benchmark_files(config)]
         # Only now: a model or an engine that cannot be built leaves no folder behind.
         folder = stack.enter_context(
             open_folder(config, "train", context, console, files, point, num_steps)

@@ -33,6 +33,7 @@ from osft_mcore.train.resume import (
     problems_by_size,
     resume_point,
 )
+from osft_mcore.train.scored import check_earlier_scores
 from osft_mcore.train.weight_plan import weight_lines
 from osft_mcore.weights.safetensors_io import read_hf_index
 
@@ -54,7 +55,8 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
         steps.append(lambda: _check_attention(config))
     elif not unread:
         # After the weights: it tells them from others.
-        steps.append(lambda: check_earlier(config, phase))
+        earlier = check_earlier if phase == "generate" else check_earlier_scores
+        steps.append(lambda: earlier(config))
     if phase == "train":
         steps.append(lambda: _check_weight_plan(config))
     if config.model.init == "pretrained" and "model.path" not in always:

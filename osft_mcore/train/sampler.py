@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from osft_mcore.actor.start_weights import load_start_weights, start_tensors
+from osft_mcore.checkpoint.source import checkpoint_weights
+from osft_mcore.config.evaluation import benchmark_files
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import Phase, RunConfig
@@ -18,13 +20,14 @@ from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.rollout.engine import RolloutEngine
-from osft_mcore.train.earlier import began_with
+from osft_mcore.train.identity import identity
+from osft_mcore.train.scored import START, Scored, scores_identity
 from osft_mcore.train.start import open_folder, say_model
+from osft_mcore.weights.fill import fill, filled
 from osft_mcore.weights.finite import non_finite
+from osft_mcore.weights.params import hf_layouts
 
 BuildEngine = Callable[[RunConfig, ParallelContext, ChatTokenizer], RolloutEngine]
-WEIGHT_VERSION: Final = 1
-"""The only one that there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +61,8 @@ def open_sampler(
             engine = build_engine(config, context, tokenizer)
             stack.callback(engine.close)
             fill_engine(engine, config, context)
-        files = [config.data.train] if phase == "generate" else config.evaluation.files
-        began = began_with(config, phase) if context.rank == 0 else {}
+        files = [config.data.train] if phase == "generate" else benchmark_files(config)
+        began = _began_with(config, phase) if context.rank == 0 else {}
         # Only now: a model or an engine that cannot be built leaves no folder behind.
         folder = stack.enter_context(
             open_folder(config, phase, context, console, files, None, 0, keep=keep, extra=began)
@@ -71,21 +74,39 @@ def open_sampler(
         yield Sampler(engine=engine, folder=folder, metrics=metrics, clock=clock)
 
 
-def fill_engine(engine: RolloutEngine, config: RunConfig, context: ParallelContext) -> None:
-    """Read the weights into this rank's part of the engine, and open it.
+def _began_with(config: RunConfig, phase: Phase) -> dict[str, Any]:
+    """What the manifest keeps, for a later start to know whether it goes on with the same."""
+    made_of = scores_identity(config) if phase == "evaluate" else identity(config, phase)
+    return {"options": as_options(config), "identity": made_of}
+
+
+def fill_engine(
+    engine: RolloutEngine, config: RunConfig, context: ParallelContext, scored: Scored = START
+) -> None:
+    """Read the weights into this rank's part of the engine, and open it. Every rank must call.
 
     Raises WeightError if they do not fit the model, or one of them is not finite.
     """
     shape, model = read_model_shape(config.model.path), config.model
-    params = engine.begin_update()
+    if scored.exported is not None:
+        model = replace(model, path=str(scored.exported), init="pretrained")
+    saved = None if scored.checkpoint is None else checkpoint_weights(scored.checkpoint)
+    params, layout = engine.begin_update(), engine.layouts[context.rank]
     if config.sync.mode == "reload":
         dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
-        engine.reload(start_tensors(shape, model, dtype=dtype, seed=config.seed))
+        if saved is None:
+            engine.reload(start_tensors(shape, model, dtype=dtype, seed=config.seed))
+        else:
+            whole = hf_layouts(shape)
+            engine.reload(filled(whole, saved.layouts, saved.rows, dtype=lambda _: dtype))
     else:
-        load_start_weights(params, engine.layouts[context.rank], shape, model, seed=config.seed)
+        if saved is None:
+            load_start_weights(params, layout, shape, model, seed=config.seed)
+        else:
+            fill(params, layout, saved.layouts, saved.rows)
         if problems := non_finite(params, whose="the engine's"):
-            raise WeightError(f"model.path: {problems[0]}")
-    engine.finish_update(WEIGHT_VERSION)
+            raise WeightError(f"{scored.where}: {problems[0]}")
+    engine.finish_update(scored.step + 1)
 
 
 def say_start(console: Console, config: RunConfig, context: ParallelContext) -> None:

@@ -1,19 +1,27 @@
 """Scoring on held-out problems, and what the run folder keeps of it."""
 
 import dataclasses
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer
-from osft_mcore.evaluation.evaluator import Evaluation, Evaluator, metrics
+from osft_mcore.evaluation.evaluator import Evaluator, read_answers
 from osft_mcore.evaluation.grading import Grader
+from osft_mcore.evaluation.results import Answer, Evaluation, metrics, report
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
-from osft_mcore.parallel.groups import ParallelContext, wait_for_all
+from osft_mcore.parallel.groups import ParallelContext, all_gather_json, wait_for_all
 from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.inputs import HeldOut
+from osft_mcore.train.score_files import (
+    answers_file,
+    portion_file,
+    portions_folder,
+    result_file,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,33 +30,107 @@ class Scoring:
 
     evaluator: Evaluator
     context: ParallelContext
+    held_out: HeldOut
     folder: RunFolder
     metrics: MetricsLog
     console: Console
     clock: Clock
+    seed: int
 
     def score(self, step: int, temperature: float) -> Evaluation | None:
         """Score the held-out problems; the result is on the grading rank only. Collective."""
+        answers: list[Answer] = []
         with self.clock("evaluate"):
-            evaluation = self.evaluator.run(step, temperature)
+            for _, graded in self.evaluator.graded(step, temperature):
+                answers += graded or ()
             # One rank grades; the others wait here, under parallel.timeout_minutes.
             wait_for_all(self.context)
-        if evaluation is not None:
-            self.metrics.write_evaluation(step, metrics(evaluation))
-            rows = map(dataclasses.asdict, evaluation.answers)
-            self.folder.write_lines(_answers_file(step, temperature), rows)
-            self.console.say(
-                f"step {step}, temperature {temperature:g}: pass@1 {evaluation.pass_at_1:.1%}"
-            )
+        return self.keep(step, temperature, answers)
+
+    def portions(self, step: int, temperature: float) -> Iterator[tuple[int, int]]:
+        """Score the portions that an earlier start has not; (number, how many) after each.
+
+        Their answers are kept one by one. Collective; then `put_together`.
+        """
+        total = self.evaluator.num_portions(temperature)
+        done = set(range(total)) - self.portions_left(step, temperature)
+        graded = self.evaluator.graded(step, temperature, skip=done)
+        while True:
+            with self.clock("evaluate"):
+                portion = next(graded, None)
+                if portion is None:
+                    return
+                number, answers = portion
+                if answers is not None:
+                    rows = map(dataclasses.asdict, answers)
+                    self.folder.write_lines(portion_file(step, temperature, number), rows)
+            yield number, total
+
+    def portions_left(self, step: int, temperature: float) -> set[int]:
+        """Those that are not kept yet; rank 0 looks. Collective."""
+        total = self.evaluator.num_portions(temperature)
+        left: list[int] = []
+        if self.folder.writer:
+            whole = (self.folder.path / answers_file(step, temperature)).is_file()
+            left = [
+                number
+                for number in range(total)
+                if not whole
+                and not (self.folder.path / portion_file(step, temperature, number)).is_file()
+            ]
+        return set(all_gather_json(left, self.context)[0])
+
+    def put_together(self, step: int, temperature: float) -> Evaluation | None:
+        """The evaluation that `portions` have made, or an earlier start; not collective."""
+        if not self.folder.writer:
+            return None
+        if (found := self.recall(step, temperature)) is not None:
+            self._tell(found)
+        else:
+            answers = [
+                answer
+                for number in range(self.evaluator.num_portions(temperature))
+                for answer in read_answers(
+                    self.folder.read_lines(portion_file(step, temperature, number))
+                )
+            ]
+            found = self.keep(step, temperature, answers)
+        shutil.rmtree(self.folder.path / portions_folder(step, temperature), ignore_errors=True)
+        return found
+
+    def keep(self, step: int, temperature: float, answers: Sequence[Answer]) -> Evaluation | None:
+        """Write what was found; None on ranks that do not grade."""
+        if not self.folder.writer:
+            return None
+        evaluation = self.evaluator.evaluation(step, temperature, answers)
+        assert evaluation is not None, "portions are answers to all problems"
+        dropped = self.held_out.dropped_overlong
+        self.folder.write_json(
+            result_file(step, temperature), report(evaluation, dropped=dropped, seed=self.seed)
+        )
+        rows = map(dataclasses.asdict, evaluation.answers)
+        # After the result: where the answers are, that is too.
+        self.folder.write_lines(answers_file(step, temperature), rows)
+        self._tell(evaluation)
+        self.console.say(
+            f"step {step}, temperature {temperature:g}: pass@1 {evaluation.pass_at_1:.1%}"
+        )
         return evaluation
 
+    def _tell(self, evaluation: Evaluation) -> None:
+        """One line of metrics, unless a start that was killed here has written it."""
+        at = (evaluation.step, evaluation.temperature)
+        told = self.folder.read_lines("evaluations.jsonl")
+        if at not in ((row.get("step"), row.get("eval/temperature")) for row in told):
+            self.metrics.write_evaluation(evaluation.step, metrics(evaluation))
+
     def recall(self, step: int, temperature: float) -> Evaluation | None:
-        """What `score` found, as the run folder keeps it; not collective.
+        """What was found before, as the run folder keeps it; not collective.
 
         None if it is not there, or the problems are not the same any more.
         """
-        rows = self.folder.read_lines(_answers_file(step, temperature))
-        return self.evaluator.recall(step, temperature, rows)
+        rows = self.folder.read_lines(answers_file(step, temperature))
+        return self.evaluator.evaluation(step, temperature, read_answers(rows))
 
 
 @contextmanager
@@ -69,10 +151,12 @@ def open_scoring(
         cfg, grader = config.evaluation, None
         if context.rank == 0:
             # Its workers start when they are first needed.
-            grader = stack.enter_context(Grader(cfg.grader_workers, cfg.grader_timeout_s))
+            grader = stack.enter_context(Grader(cfg, config.rollout.max_response_tokens))
         if not held_out.by_source:
             yield None
             return
+        if grader is not None:
+            grader.check()
         evaluator = Evaluator(
             engine,
             held_out.by_source,
@@ -82,16 +166,17 @@ def open_scoring(
             top_p=cfg.top_p,
             max_tokens=config.rollout.max_response_tokens,
             seed=config.seed,
+            portion=cfg.portion,
+            scorer=cfg.scorer,
+            max_ungraded_share=cfg.max_ungraded_share,
         )
         yield Scoring(
             evaluator=evaluator,
             context=context,
+            held_out=held_out,
             folder=folder,
             metrics=metrics,
             console=console,
             clock=clock,
+            seed=config.seed,
         )
-
-
-def _answers_file(step: int, temperature: float) -> str:
-    return f"evaluations/step_{step}_temperature_{temperature:g}.jsonl"

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from osft_mcore.config.temperature import temperatures
-from osft_mcore.evaluation.evaluator import Evaluation, gain_ci
+from osft_mcore.evaluation.aggregate import best_temperature
+from osft_mcore.evaluation.results import Evaluation, compare
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock
 from osft_mcore.parallel.topology import Topology
@@ -45,9 +46,10 @@ def summarise(
         summary["osft_pass_at_1"] = end.pass_at_1
         summary["evaluation_temperature"] = end.temperature
         if start:
-            interval = gain_ci(start[0], end, seed=cfg.seed)
-            summary["gain"] = end.pass_at_1 - start[0].pass_at_1
-            summary["gain_ci95"] = [interval.low, interval.high]
+            found = compare(start[0], end, k=1, seed=cfg.seed)
+            summary["gain"] = found.gain
+            summary["gain_ci95"] = [found.interval.low, found.interval.high]
+            summary["gain_p_value"] = found.p_value
     return summary
 
 
@@ -57,7 +59,9 @@ def seconds_of(clock: Clock) -> dict[str, float]:
 
 
 def _start_scores(start: Sequence[Evaluation]) -> dict[str, Any]:
-    best = max(start, key=lambda evaluation: evaluation.pass_at_1)
+    by_temperature = {evaluation.temperature: evaluation for evaluation in start}
+    tau = best_temperature({tau: at.headline for tau, at in by_temperature.items()})
+    best = by_temperature[tau]
     return {
         "base_pass_at_1": start[0].pass_at_1,
         "base_best_temperature": best.temperature,
@@ -87,7 +91,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         low, high = (100 * bound for bound in summary["gain_ci95"])
         console.say(
             f"gain {100 * summary['gain']:+.1f} points, 95% interval {low:+.1f} to {high:+.1f} "
-            "(paired bootstrap over problems)"
+            f"(paired bootstrap over problems), p = {summary['gain_p_value']:.2g}"
         )
     seconds = ", ".join(f"{phase} {s:.0f}" for phase, s in summary["seconds"].items())
     largest = summary.get("sync/logprob_diff_max")

@@ -98,7 +98,7 @@ def figures(run: Path, *left_out: str) -> list[dict[str, Any]]:
 
 def answers(run: Path) -> dict[str, list[dict[str, Any]]]:
     """Every sampled token of training and evaluation, with its text."""
-    files = [*(run / "rollouts").iterdir(), *(run / "evaluations").iterdir()]
+    files = [*(run / "rollouts").iterdir(), *(run / "evaluations").glob("*.jsonl")]
     return {f"{path.parent.name}/{path.name}": read_lines(path) for path in files}
 
 

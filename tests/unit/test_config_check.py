@@ -155,24 +155,15 @@ def test_what_works_passes(
             "evaluation.baseline_temperatures: found -1, expected 0 or more",
         ),
         ("evaluation.max_problems=0", "evaluation.max_problems: found 0, expected at least 1"),
-        ("train.max_skipped_updates=0", "train.max_skipped_updates: found 0, expected at least 1"),
-        ("checkpoint.keep_last=0", "checkpoint.keep_last: found 0, expected at least 1"),
-        ("checkpoint.keep_every=-1", "checkpoint.keep_every: found -1, expected 0 or more"),
-        ("checkpoint.max_failures=0", "checkpoint.max_failures: found 0, expected at least 1"),
+        ("evaluation.scorer=boxed", "evaluation.scorer: found 'boxed', expected boxed_math"),
+        ("evaluation.scorer='a:f'", "evaluation.scorer: found 'a:f', expected boxed_math"),
+        ("evaluation.scorer='gone.py:score'", "evaluation.scorer: 'gone.py' is not a file"),
+        ("evaluation.grader_memory_gib=0", "evaluation.grader_memory_gib: found 0"),
+        ("evaluation.max_ungraded_share=1", "evaluation.max_ungraded_share: found 1"),
         (
-            "checkpoint.timeout_minutes=0",
-            "checkpoint.timeout_minutes: found 0, expected more than 0",
+            "evaluation.overlong_buffer_tokens=1",
+            "evaluation.overlong_buffer_tokens: found 1, but only answer_line",
         ),
-        (
-            "checkpoint.timeout_minutes=30",
-            "checkpoint.timeout_minutes: found 30, expected less than parallel.timeout_minutes",
-        ),
-        ("checkpoint.stop_after=soon", "checkpoint.stop_after: found 'soon', expected hours, min"),
-        ("checkpoint.stop_after=0h0m", "checkpoint.stop_after: found '0h0m', expected more than 0"),
-        ("checkpoint.resume=''", "checkpoint.resume: not set; expected auto, never, or the path"),
-        ("checkpoint.resume=gone", "checkpoint.resume: 'gone' is not a folder; expected auto, nev"),
-        ("sync.bucket_mib=0", "sync.bucket_mib: found 0, expected at least 1"),
-        ("sync.max_logprob_diff=0", "sync.max_logprob_diff: found 0, expected more than 0"),
     ],
 )
 def test_one_wrong_option_is_one_problem_that_names_it(
@@ -181,6 +172,14 @@ def test_one_wrong_option_is_one_problem_that_names_it(
     problems = problems_of(options, override)
     assert len(problems) == 1
     assert problem in problems[0]
+
+
+def test_the_buffer_of_overlong_responses_fits_a_response(options: list[str]) -> None:
+    scorer = "evaluation.scorer=answer_line"
+    limit = load_config(options).rollout.max_response_tokens
+    assert problems_of(options, scorer, f"evaluation.overlong_buffer_tokens={limit}") == []
+    [problem] = problems_of(options, scorer, f"evaluation.overlong_buffer_tokens={limit + 1}")
+    assert problem.endswith(f"at most rollout.max_response_tokens = {limit}")
 
 
 def test_a_budget_of_tokens_counts_what_sequence_parallelism_pads(options: list[str]) -> None:

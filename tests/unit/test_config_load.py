@@ -208,7 +208,7 @@ def test_the_written_config_reads_back(
 def test_the_set_of_options_is_pinned() -> None:
     pinned = (GOLDEN / "config_keys.txt").read_text(encoding="utf-8").split()
     assert list(leaf_paths()) == pinned, REGENERATE
-    assert len(pinned) <= 100
+    assert len(pinned) < 150
 
 
 def test_every_preset_has_a_golden_file() -> None:

@@ -16,7 +16,6 @@ from osft_mcore.model import kernels
 from osft_mcore.model.kernels import Installed
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train import preflight
-from osft_mcore.train.earlier import began_with
 from osft_mcore.train.identity import identity
 from osft_mcore.train.preflight import input_errors
 
@@ -107,7 +106,11 @@ def test_another_checkpoint_is_named_beside_a_reference_without_weights(config: 
 def test_a_pass_that_goes_on_is_told_once_of_a_model_without_weights(config: RunConfig) -> None:
     out = Path(config.output_dir)
     out.mkdir()
-    began = {"phase": "generate", **began_with(config, "generate")}
+    began = {
+        "phase": "generate",
+        "options": as_options(config),
+        "identity": identity(config, "generate"),
+    }
     (out / "manifest.json").write_bytes(json_bytes(began))
     assert lines_of(config, "generate") == []
     problem = lose_weights(config.model.path)

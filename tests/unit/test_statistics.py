@@ -1,12 +1,18 @@
 """Bootstrap intervals against closed forms and exact enumeration."""
 
+from collections.abc import Sequence
 from itertools import product
 from math import sqrt
 
 import numpy as np
 import pytest
 
-from osft_mcore.evaluation.statistics import bootstrap_ci, paired_gain_ci, stratified_ci
+from osft_mcore.evaluation.statistics import (
+    bootstrap_ci,
+    paired_gain_ci,
+    paired_p_value,
+    stratified_ci,
+)
 
 
 def test_equals_the_exact_bootstrap_distribution_of_five_values() -> None:
@@ -64,3 +70,39 @@ def test_nothing_to_resample_is_refused(groups: list[list[float]]) -> None:
 def test_unpaired_results_are_refused() -> None:
     with pytest.raises(ValueError, match="got 2 and 1"):
         paired_gain_ci([0.0, 1.0], [1.0], seed=1)
+
+
+def test_the_p_value_approaches_counting_every_choice_of_signs() -> None:
+    differences = [[0.5, -0.25, 0.75, 0.5, 0.0], [0.1, 0.3, -0.2]]
+    zeros = [[0.0] * len(group) for group in differences]
+
+    def mean(groups: Sequence[Sequence[float]]) -> float:
+        return float(np.mean([np.mean(group) for group in groups]))
+
+    flipped = [
+        abs(mean([[s * d for s, d in zip(first, differences[0], strict=True)],
+                  [s * d for s, d in zip(second, differences[1], strict=True)]]))
+        for first in product([1, -1], repeat=5) for second in product([1, -1], repeat=3)
+    ]  # fmt: skip
+    exact = np.mean([value >= abs(mean(differences)) - 1e-12 for value in flipped])
+    found = paired_p_value(zeros, differences, seed=1, num_permutations=100_000)
+    assert 0.05 < exact < 0.5
+    assert found == pytest.approx(exact, abs=0.005)
+    assert paired_p_value(differences, zeros, seed=1, num_permutations=100_000) == pytest.approx(
+        exact, abs=0.005
+    )
+
+
+def test_no_difference_is_no_evidence_and_a_clear_one_is() -> None:
+    same = [[0.5, 0.25, 1.0]]
+    assert paired_p_value(same, same, seed=1) == 1.0
+    before, after = [[0.0] * 60], [[0.5] * 60]
+    # No random choice of signs reaches it: the least that 999 draws can tell.
+    assert paired_p_value(before, after, seed=1, num_permutations=999) == 1 / 1000
+
+
+def test_a_test_needs_pairs() -> None:
+    with pytest.raises(ValueError, match="same problems twice"):
+        paired_p_value([[0.0, 1.0]], [[0.0]], seed=1)
+    with pytest.raises(ValueError, match="at least one group"):
+        paired_p_value([], [], seed=1)
