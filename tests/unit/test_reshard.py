@@ -153,7 +153,7 @@ def test_there_and_back_changes_no_bit_of_any_kind(hf: Path, tmp_path: Path) -> 
         assert {"weights", "master", "exp_avg", "exp_avg_sq"} < {check.name for check in checks}
         assert [problem for check in checks for problem in check.problems] == []
     assert json.loads((pp2 / INDEX).read_text())["topology"] == {
-        "tp": 1, "pp": 2, "vpp": 1, "dp": 1,
+        "tp": 1, "cp": 1, "pp": 2, "vpp": 1, "dp": 1,
     }  # fmt: skip
 
 
