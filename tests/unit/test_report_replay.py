@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,11 @@ def test_wandb_offline(
     assert cli.main(["report", "--sync", "wandb", str(run)]) == 0
     assert capsys.readouterr().out == "sent to wandb: 2 steps, 3 evaluations\n"
     (kept,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
-    content = kept.read_bytes()
-    assert content.count(b"loss/entropy") >= 2
+    # wandb's own process writes the file, a moment later.
+    deadline = time.monotonic() + 30
+    while (content := kept.read_bytes()).count(b"loss/entropy") < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert b"eval_temperature_0.3/pass_at_1" in content
     assert b"tau_sample" in content
     assert b"abc123" not in content
