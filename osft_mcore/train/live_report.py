@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -16,6 +17,7 @@ from osft_mcore.log.run_folder import REPORT, RunFolder
 
 PROGRAM: Final = (sys.executable, "-m", "osft_mcore.report")
 LOWEST_PRIORITY: Final = 19
+POLL_S: Final = 0.05
 REFRESH_S: Final = 600.0
 """A report that takes longer, while the run goes on, is given up."""
 AT_END_S: Final = 60.0
@@ -94,13 +96,12 @@ def _ended(
     process: "subprocess.Popen[bytes]", limit_s: float, closing: threading.Event
 ) -> str | None:
     """Wait for the end: "" if it came, None if the run closes, else why nobody waits longer."""
-    waited, pause = 0.0, 0.05
+    deadline = time.monotonic() + limit_s
     while process.poll() is None:
-        if waited >= limit_s:
+        if time.monotonic() >= deadline:
             return f"not finished after {limit_s:g} s"
-        if closing.wait(pause):
+        if closing.wait(POLL_S):
             return None
-        waited += pause
     return ""
 
 
