@@ -52,10 +52,17 @@ def run_report(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"written: {out}\n")
 
 
+def temporary_file(out: Path, pid: int) -> Path:
+    """What a process writes before it replaces `out`.
+
+    Of its own: a report that a user asks for and one of the run may be under way at once.
+    """
+    return out.with_name(f".{out.name}.{pid}.tmp")
+
+
 def write_page(out: Path, text: str) -> None:
     """In one step. Raises ConfigError if it cannot be written."""
-    # Two reports of one run may be under way: theirs and that which the run starts itself.
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = temporary_file(out, os.getpid())
     try:
         # A text from a model may hold half a surrogate pair, which no file can.
         write_file(temporary, [text.encode("utf-8", "replace")])

@@ -115,7 +115,7 @@ def _gain_card(run: Run, first: Row, last: Row) -> Card:
     return Card(
         label="gain",
         value=points(gain),
-        detail=f"from {before}; 95% interval {points(low)} to {points(high)}{test}",
+        detail=f"from {before}; 95% interval {signed(low)} to {signed(high)}{test}",
         good=None if low <= 0 <= high else gain > 0,
     )
 
@@ -131,7 +131,7 @@ def _kept_interval(summary: Json) -> tuple[float | None, float | None, float | N
 def _step_cards(run: Run) -> Iterator[Card]:
     losses = [v for row in run.metrics if (v := finite(row, "loss/loss")) is not None]
     if losses:
-        value = f"{written(losses[0])} → {written(losses[-1])}"
+        value = f"{losses[0]:.3g} → {losses[-1]:.3g}"
         yield Card(label="loss, first to last step", value=value, detail="nats per token")
     worst = [v for row in run.metrics if (v := finite(row, "sync/logprob_diff_max")) is not None]
     if worst:
@@ -235,7 +235,12 @@ def now() -> str:
 
 def points(value: float) -> str:
     """A difference of two shares."""
-    return f"{100 * value:+.1f} points"
+    return f"{signed(value)} points"
+
+
+def signed(value: float) -> str:
+    """The same where its unit is known: a bound of it."""
+    return f"{100 * value:+.1f}"
 
 
 def p_text(p: float) -> str:

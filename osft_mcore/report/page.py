@@ -58,7 +58,7 @@ def page(runs: Sequence[Run], *, num_samples: int = 0) -> str:
         lstrip_blocks=True,
     )
     templates.globals.update(
-        written=written, points=facts.points, p_text=facts.p_text, version=__version__
+        written=written, points=facts.points, signed=facts.signed, version=__version__
     )
     results = [results_of(run) for run in runs]
     rows = compared(runs, results)

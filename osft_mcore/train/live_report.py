@@ -8,12 +8,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 from osft_mcore.config.schema import ReportConfig
 from osft_mcore.errors import Stopped
 from osft_mcore.log.console import Console
 from osft_mcore.log.run_folder import REPORT, RunFolder
+from osft_mcore.report.command import temporary_file
 
 PROGRAM: Final = (sys.executable, "-m", "osft_mcore.report")
 LOWEST_PRIORITY: Final = 19
@@ -41,7 +43,10 @@ def live_report(
     command = [*program, str(folder.path)]
     closing = threading.Event()
     writer = threading.Thread(
-        target=_refresh, args=(command, cfg, console, closing), name="report", daemon=True
+        target=_refresh,
+        args=(command, folder.path, cfg, console, closing),
+        name="report",
+        daemon=True,
     )
     if cfg.every_minutes > 0:
         writer.start()
@@ -57,14 +62,20 @@ def live_report(
         if writer.is_alive():
             writer.join()
         if cfg.at_end and patience_s:
-            failure = write_report(command, patience_s, threading.Event())
+            failure = write_report(command, folder.path, patience_s, threading.Event())
             console.say(failure or f"report: {folder.path / REPORT}")
 
 
 def write_report(
-    command: Sequence[str], limit_s: float, closing: threading.Event, *, priority: int = 0
+    command: Sequence[str],
+    folder: Path,
+    limit_s: float,
+    closing: threading.Event,
+    *,
+    priority: int = 0,
 ) -> str:
-    """Run the command; a line that tells why there is no report, or an empty one.
+    """Run the command, which writes the report of `folder`; a line that tells why there is none,
+    or an empty one.
 
     Returns at once if `closing` is set, or after `limit_s`; the process is killed then.
     """
@@ -83,6 +94,8 @@ def write_report(
             finally:
                 process.kill()
                 process.wait()
+                # Killed in the middle of writing it leaves that behind.
+                temporary_file(folder / REPORT, process.pid).unlink(missing_ok=True)
             said.seek(0)
             lines = said.read().decode(errors="replace").strip().splitlines()
     except OSError as error:
@@ -106,8 +119,12 @@ def _ended(
 
 
 def _refresh(
-    command: Sequence[str], cfg: ReportConfig, console: Console, closing: threading.Event
+    command: Sequence[str],
+    folder: Path,
+    cfg: ReportConfig,
+    console: Console,
+    closing: threading.Event,
 ) -> None:
     while not closing.wait(60 * cfg.every_minutes):
-        if failure := write_report(command, REFRESH_S, closing, priority=LOWEST_PRIORITY):
+        if failure := write_report(command, folder, REFRESH_S, closing, priority=LOWEST_PRIORITY):
             console.say(failure)

@@ -158,6 +158,7 @@ def test_what_works_passes(
         ("train.max_skipped_updates=0", "train.max_skipped_updates: found 0, expected at least 1"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last: found 0, expected at least 1"),
         ("checkpoint.keep_every=-1", "checkpoint.keep_every: found -1, expected 0 or more"),
+        ("report.every_minutes=-1", "report.every_minutes: found -1, expected 0 or more"),
         ("checkpoint.max_failures=0", "checkpoint.max_failures: found 0, expected at least 1"),
         (
             "checkpoint.timeout_minutes=0",

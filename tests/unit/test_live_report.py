@@ -119,14 +119,17 @@ def test_a_report_that_hangs_is_given_up(
 
 
 def test_an_end_does_not_wait_for_a_refresh(tmp_path: Path) -> None:
+    folder = folder_in(tmp_path)
     code = (
-        "import os, time\n"
+        "import os, sys, time\n"
+        "open(f'{sys.argv[1]}/.report.html.{os.getpid()}.tmp', 'w')\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "time.sleep(60)"
     )
     began = time.monotonic()
-    with live_report(folder_in(tmp_path), OFTEN, Console(enabled=False), program(code)):
+    with live_report(folder, OFTEN, Console(enabled=False), program(code)):
         pid = int(wait_for(tmp_path / "pid"))
     assert time.monotonic() - began < 40
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+    assert not list(folder.path.glob(".*"))

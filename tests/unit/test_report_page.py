@@ -128,7 +128,7 @@ def test_the_gain_is_that_of_the_statistics(scored: Path) -> None:
     p = paired_p_value([before], [after], seed=3)
     text = shown(scored).text
     low, high = f"{100 * interval.low:+.1f}", f"{100 * interval.high:+.1f}"
-    assert f"from 25%; 95% interval {low} points to {high} points; p = {p:.2g}" in text
+    assert f"from 25%; 95% interval {low} to {high}; p = {p:.2g}" in text
     assert "+37.5 points" in text
     assert "pass@1 before, at its best temperature 50% temperature 0.3" in text
 
