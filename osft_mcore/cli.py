@@ -1,7 +1,8 @@
 """Entry point: the commands of `osft`; starts the ranks itself when no launcher did."""
 
 # torch, Megatron-Core and vLLM take seconds to import, and a mistake in the options should not:
-# they are imported inside functions, after the options are known to be good.
+# they are imported inside functions, after the options are known to be good. `osft report` has no
+# options of a run, and does not wait for what reads them.
 
 import argparse
 import logging
@@ -16,12 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from osft_mcore import __version__
-from osft_mcore.config.check import absent_files, check, model_is_here
-from osft_mcore.config.describe import describe
-from osft_mcore.config.evaluation import of_run
-from osft_mcore.config.load import load_config
-from osft_mcore.config.phases import reads_training_data, samples
-from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.errors import ConfigError, NothingLeft, OsftError, Stopped
 from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.parallel.world import (
@@ -33,8 +28,10 @@ from osft_mcore.parallel.world import (
     local_rank,
     started_by_own_launcher,
 )
+from osft_mcore.report import command as report_command
 
 if TYPE_CHECKING:
+    from osft_mcore.config.schema import Phase, RunConfig
     from osft_mcore.log.console import Console
     from osft_mcore.parallel.groups import ParallelContext
 
@@ -44,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = _arguments(given)
     try:
+        if arguments.command == "report":
+            report_command.run_report(arguments)
+            return 0
         return _run(given, arguments)
     except OsftError as error:
         return _report(error)
@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     if arguments.command == "doctor":
         return _doctor()
+    from osft_mcore.config.check import check
+    from osft_mcore.config.phases import samples
+
     phase: Phase = arguments.command
     check_launch_environment()
     world_size = launched_world_size()
@@ -89,8 +92,11 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(overrides: Sequence[str], arguments: argparse.Namespace) -> RunConfig:
+def _load(overrides: Sequence[str], arguments: argparse.Namespace) -> "RunConfig":
     """The options of the command line, over those of conf/ or of the run that is named."""
+    from osft_mcore.config.evaluation import of_run
+    from osft_mcore.config.load import load_config
+
     run: Path | None = getattr(arguments, "run", None)
     if run is None:
         return load_config(overrides, arguments.config_dir)
@@ -102,7 +108,7 @@ def _load(overrides: Sequence[str], arguments: argparse.Namespace) -> RunConfig:
 
 
 def _hidden_by(
-    error: ConfigError, checks: Callable[[RunConfig], None], arguments: argparse.Namespace
+    error: ConfigError, checks: Callable[["RunConfig"], None], arguments: argparse.Namespace
 ) -> list[str]:
     """What would also be wrong: unknown options and wrong types hide impossible combinations."""
     named = [problem.split(":")[0] for problem in error.problems]
@@ -121,9 +127,11 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     """Overrides may stand before and after flags; argparse alone takes them in one run only."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(given)
-    if unknown := [text for text in rest if text.startswith("-")]:
+    takes_options = "overrides" in arguments
+    if unknown := [text for text in rest if text.startswith("-") or not takes_options]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    arguments.overrides += rest
+    if takes_options:
+        arguments.overrides += rest
     return arguments
 
 
@@ -150,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="option=value")
     text = "what is installed here, and which kernel would compute what"
     commands.add_parser("doctor", help=text, description=text)
+    text = report_command.HELP
+    report_command.add_arguments(commands.add_parser("report", help=text, description=text))
     return parser
 
 
@@ -162,7 +172,10 @@ def _doctor() -> int:
     return 0
 
 
-def _plan(config: RunConfig, phase: Phase, topology: Topology) -> str:
+def _plan(config: "RunConfig", phase: "Phase", topology: Topology) -> str:
+    from osft_mcore.config.check import absent_files, model_is_here
+    from osft_mcore.config.describe import describe
+    from osft_mcore.config.phases import reads_training_data
     from osft_mcore.data.parquet import count_rows
 
     num_rows = count_rows(config.data.train) if reads_training_data(phase) else None
@@ -179,7 +192,7 @@ def _plan(config: RunConfig, phase: Phase, topology: Topology) -> str:
     return plan
 
 
-def _run_rank(config: RunConfig, phase: Phase, topology: Topology) -> None:
+def _run_rank(config: "RunConfig", phase: "Phase", topology: Topology) -> None:
     """The program of one rank. Leaves the process at once on an error, so that no peer waits."""
     # A rank inside a collective would not see Python's own handler until the collective ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -201,7 +214,7 @@ def _run_rank(config: RunConfig, phase: Phase, topology: Topology) -> None:
 
 
 def _run_phase(
-    config: RunConfig, phase: Phase, context: "ParallelContext", console: "Console"
+    config: "RunConfig", phase: "Phase", context: "ParallelContext", console: "Console"
 ) -> None:
     if phase == "sft":
         from osft_mcore.train.sft import run_sft

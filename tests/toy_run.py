@@ -11,6 +11,7 @@ from osft_mcore.config.schema import (
     EvaluationConfig,
     ModelConfig,
     ParallelConfig,
+    ReportConfig,
     RolloutConfig,
     RunConfig,
     TrainConfig,
@@ -61,6 +62,8 @@ def toy_config(start: Start, out: Path, topology: Topology) -> RunConfig:
         evaluation=EvaluationConfig(
             files=(str(data / "eval.parquet"),), every=7, num_samples=4, baseline_temperatures=(0,),
         ),
+        # Seconds for every run; test_report_of_run.py has them on.
+        report=ReportConfig(at_end=False, every_minutes=0),
     )  # fmt: skip
 
 

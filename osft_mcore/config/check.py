@@ -187,6 +187,7 @@ def _non_negative(config: RunConfig) -> Iterable[tuple[str, float]]:
         *(("evaluation.steps", step) for step in config.evaluation.steps),
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
+        ("report.every_minutes", config.report.every_minutes),
     )
 
 

@@ -1,6 +1,7 @@
 """Every option and every default, once. YAML in conf/ states choices; this file decides."""
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, with_config
@@ -14,6 +15,11 @@ Recompute = Literal["none", "selective", "full"]
 
 Offload = Literal["none", "optimizer", "all"]
 """See `TrainConfig.offload`."""
+
+MAX_LOGPROB_DIFF: Final = MappingProxyType({"fp32": 1e-3, "bf16": 2.0})
+MEAN_LOGPROB_DIFF: Final = MappingProxyType({"fp32": 1e-4, "bf16": 0.05})
+"""`SyncConfig` where it leaves them to the dtype, in nats. One bf16 rounding moves a single rare
+token by whole tenths, so in bf16 the mean is the sharp criterion."""
 
 SCORERS: Final = ("boxed_math", "boxed_math_fast", "boxed_numeric", "gsm8k", "answer_line")
 """See `EvaluationConfig.scorer`."""
@@ -316,9 +322,9 @@ class SyncConfig:
     """Buffers of a push, per rank; larger tensors are sent in parts. `reload` also needs room for
     the largest tensor whole, and for what vLLM holds of one layer."""
     max_logprob_diff: float | None = None
-    """Stop when any token's log-probability differs by more. None: 1e-3 (fp32), 2.0 (bf16)."""
+    """Stop when any token's log-probability differs by more. None: `MAX_LOGPROB_DIFF`."""
     mean_logprob_diff: float | None = None
-    """Stop when the mean difference is larger. None: 1e-4 (fp32), 0.05 (bf16)."""
+    """Stop when the mean difference is larger. None: `MEAN_LOGPROB_DIFF`."""
 
     @property
     def bucket_bytes(self) -> int:
@@ -343,6 +349,17 @@ class LoggingConfig:
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig:
+    """report.html in output_dir, written by a process of its own."""
+
+    at_end: bool = True
+    """When the run ends, and when it was told to stop."""
+    every_minutes: float = 10.0
+    """Also while it runs, at most so often; 0: no."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run. Modules receive their own section, never the whole."""
 
@@ -358,3 +375,4 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from osft_mcore.log.redact import redacted_arguments
+
 PACKAGES = (
     "osft-mcore",
     "torch",
@@ -30,7 +32,7 @@ def manifest(*, seed: int, world_size: int, details: Mapping[str, Any]) -> dict[
     """Everything that a reader needs to know which program produced the run."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": redacted_arguments(sys.argv),
         "seed": seed,
         "world_size": world_size,
         "git_commit": _git_commit(),

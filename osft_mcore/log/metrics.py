@@ -3,10 +3,15 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from osft_mcore.config.schema import LoggingConfig
+from osft_mcore.log.console import Console
 from osft_mcore.log.run_folder import RunFolder
+from osft_mcore.log.trackers import Tracker, open_tracker
+
+PATIENCE_S: Final = 60.0
+"""How long a run waits for wandb, at its beginning and at its end."""
 
 
 class Clock:
@@ -37,39 +42,61 @@ class Clock:
 
 
 class MetricsLog:
-    """Appends metrics to the run folder and mirrors them to wandb."""
+    """Appends metrics to the run folder and mirrors them to wandb, as long as that works."""
 
     def __init__(
-        self, folder: RunFolder, logging: LoggingConfig, options: Mapping[str, Any]
+        self,
+        folder: RunFolder,
+        logging: LoggingConfig,
+        options: Mapping[str, Any],
+        console: Console | None = None,
     ) -> None:
-        """`options` are shown beside the run in wandb."""
-        self._folder = folder
-        self._wandb: Any = None
+        """`options` are shown beside the run in wandb; `console` is told if wandb fails."""
+        self._folder, self._console = folder, console
+        self._tracker: Tracker | None = None
         if logging.wandb and folder.writer:
-            import wandb  # optional dependency; checked at start by config/check.py
-
-            self._wandb = wandb.init(
-                project=logging.wandb_project,
-                name=folder.path.name,
-                dir=folder.path,
-                config=dict(options),
-            )
-            # A step may be scored several times, which wandb's own step counter cannot express.
-            self._wandb.define_metric("*", step_metric="step")
+            with self._unharmed():
+                self._tracker = open_tracker(
+                    "wandb",
+                    project=logging.wandb_project,
+                    run=folder.path.name,
+                    folder=folder.path,
+                    options=options,
+                    patience_s=PATIENCE_S,
+                )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for `step`."""
         self._folder.append_line("metrics.jsonl", {"step": step, **metrics})
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **metrics})
+        self._mirror(step, metrics)
 
     def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line in evaluations.jsonl: a step may be scored at several temperatures."""
         self._folder.append_line("evaluations.jsonl", {"step": step, **metrics})
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **metrics})
+        self._mirror(step, metrics)
 
     def close(self) -> None:
         """Finish the sinks."""
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._tracker is not None:
+            with self._unharmed():
+                self._tracker.close()
+
+    def _mirror(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._tracker is not None:
+            with self._unharmed():
+                self._tracker.log(step, metrics)
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        """What wandb raises ends wandb, and not the run."""
+        try:
+            yield
+        # Whatever it is: a service that is down must not cost a training run.
+        except Exception as error:
+            self._tracker = None
+            if self._console is not None:
+                what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                self._console.say(
+                    f"wandb is off from here on: {what}; nothing is lost, `osft report --sync "
+                    f"wandb {self._folder.path}` sends all metrics later"
+                )

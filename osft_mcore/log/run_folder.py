@@ -11,6 +11,7 @@ from typing import Any, Final
 from osft_mcore.errors import CheckpointError, ConfigError
 from osft_mcore.files import rename, replace_file, write_file
 
+REPORT: Final = "report.html"
 LOGS: Final = ("metrics.jsonl", "evaluations.jsonl")
 """One line a step, or a few."""
 PER_STEP: Final = ("rollouts", "evaluations", "skipped")
@@ -53,7 +54,7 @@ class RunFolder:
         while (aside := self.path / f"unfinished_{number}").exists():
             number += 1
         aside.mkdir()
-        for name in (*LOGS, *PER_STEP, BATCHES, "hf", "config.yaml", "manifest.json"):
+        for name in (*LOGS, *PER_STEP, BATCHES, "hf", REPORT, "config.yaml", "manifest.json"):
             if (self.path / name).exists():
                 os.replace(self.path / name, aside / name)
         return aside

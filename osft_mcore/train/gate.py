@@ -2,18 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from types import MappingProxyType
-from typing import Final
 
 from osft_mcore.actor.result import Agreement
-from osft_mcore.config.schema import SyncConfig
+from osft_mcore.config.schema import MAX_LOGPROB_DIFF, MEAN_LOGPROB_DIFF, SyncConfig
 from osft_mcore.errors import AgreementError
 from osft_mcore.records import Response
-
-MAX_DIFF: Final = MappingProxyType({"fp32": 1e-3, "bf16": 2.0})
-MEAN_DIFF: Final = MappingProxyType({"fp32": 1e-4, "bf16": 0.05})
-"""Thresholds in nats where the config leaves them to the dtype. One bf16 rounding moves a single
-rare token by whole tenths, so in bf16 the mean is the sharp criterion."""
 
 
 def check_versions(responses: Sequence[Response], *, version: int, step: int) -> None:
@@ -45,8 +38,10 @@ def check_agreement(
 ) -> None:
     """Raise AgreementError if engine and actor give the same tokens different probabilities."""
     assert agreement is not None, "rollout responses always carry log-probabilities"
-    limit = MAX_DIFF[dtype] if sync.max_logprob_diff is None else sync.max_logprob_diff
-    mean_limit = MEAN_DIFF[dtype] if sync.mean_logprob_diff is None else sync.mean_logprob_diff
+    limit = MAX_LOGPROB_DIFF[dtype] if sync.max_logprob_diff is None else sync.max_logprob_diff
+    mean_limit = (
+        MEAN_LOGPROB_DIFF[dtype] if sync.mean_logprob_diff is None else sync.mean_logprob_diff
+    )
     # max() would pass over a NaN.
     by_replica = [math.inf if math.isnan(diff) else diff for diff in agreement.max_by_replica]
     worst = max(by_replica)

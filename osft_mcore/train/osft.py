@@ -15,6 +15,7 @@ from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.inputs import HeldOut, load_held_out, load_train_prompts, total_steps
+from osft_mcore.train.live_report import live_report
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.resume import SUMMARY
 from osft_mcore.train.sampler import BuildEngine
@@ -91,7 +92,8 @@ def open_loop(
         folder = stack.enter_context(
             open_folder(config, "train", context, console, files, point, num_steps)
         )
-        metrics = MetricsLog(folder, config.logging, as_options(config))
+        stack.enter_context(live_report(folder, config.report, console))
+        metrics = MetricsLog(folder, config.logging, as_options(config), console)
         stack.callback(metrics.close)
         scoring = stack.enter_context(
             open_scoring(

@@ -21,6 +21,7 @@ from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.identity import identity
+from osft_mcore.train.live_report import live_report
 from osft_mcore.train.scored import START, Scored, scores_identity
 from osft_mcore.train.start import open_folder, say_model
 from osft_mcore.weights.fill import fill, filled
@@ -67,7 +68,8 @@ def open_sampler(
         folder = stack.enter_context(
             open_folder(config, phase, context, console, files, None, 0, keep=keep, extra=began)
         )
-        metrics = MetricsLog(folder, config.logging, as_options(config))
+        stack.enter_context(live_report(folder, config.report, console))
+        metrics = MetricsLog(folder, config.logging, as_options(config), console)
         stack.callback(metrics.close)
         # Of the run, not of its first batch.
         clock.flush()

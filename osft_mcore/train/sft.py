@@ -17,6 +17,7 @@ from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.records import Example
 from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.inputs import load_sft_examples, load_sft_tokenizer, total_steps
+from osft_mcore.train.live_report import live_report
 from osft_mcore.train.performance import performance_metrics
 from osft_mcore.train.resume import SUMMARY
 from osft_mcore.train.schedules import learning_rate
@@ -53,7 +54,8 @@ def run_sft(config: RunConfig, context: ParallelContext, console: Console) -> No
         folder = stack.enter_context(
             open_folder(config, "sft", context, console, [config.data.train], point, num_steps)
         )
-        metrics = MetricsLog(folder, config.logging, as_options(config))
+        stack.enter_context(live_report(folder, config.report, console))
+        metrics = MetricsLog(folder, config.logging, as_options(config), console)
         stack.callback(metrics.close)
         restore_rng(point, context)
         loop = SftLoop(

@@ -200,6 +200,36 @@ def test_wandb_offline_keeps_the_metrics(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss/nll": 0.625}
 
 
+@pytest.mark.parametrize("when", ["init", "log", "finish"])
+def test_wandb_that_breaks_is_off_and_the_run_goes_on(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the real package: a name that it refuses, or a run that is closed under our feet."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    console = Console(enabled=True)
+    folder = RunFolder(tmp_path, writer=True)
+    logging = LoggingConfig(wandb=True, wandb_project="no/name" if when == "init" else "tiny")
+    metrics = MetricsLog(folder, logging, {"api_key": "abc123"}, console)
+    if when != "init":
+        assert wandb.run.config["api_key"] == "[redacted]"
+    if when == "log":
+        wandb.finish()
+    if when == "finish":
+        monkeypatch.setattr(wandb.run, "finish", None)
+    metrics.write(1, {"loss/nll": 0.5})
+    metrics.write_evaluation(1, {"eval/pass_at_1": 0.25})
+    metrics.close()
+    if when == "finish":
+        monkeypatch.undo()
+        wandb.finish()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "wandb is off" in line]
+    assert f"osft report --sync wandb {tmp_path}" in line
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1
+
+
 def test_manifest_says_what_made_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["osft", "train", "seed=3"])
     found = manifest(seed=3, world_size=2, details={"data_sha256": {"a": "b"}})
