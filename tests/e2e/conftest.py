@@ -1,6 +1,7 @@
 """Lets forked ranks start fast."""
 
 import gc
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -14,3 +15,11 @@ def _imported_modules_are_no_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_are_heard() -> None:
+    """A shell that started the tests in the background ignores SIGINT for them, and so would every
+    program that they start: it keeps what it is told to ignore."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

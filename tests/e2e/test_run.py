@@ -147,7 +147,7 @@ def test_summary_tells_layouts_versions_and_times(runs: Runs) -> None:
         "sync/logprob_diff_max", "sync/logprob_diff_mean", "base_pass_at_1",
         "base_best_temperature", "base_best_temperature_pass_at_1",
         "base_pass_at_1_by_temperature", "osft_pass_at_1", "evaluation_temperature", "gain",
-        "gain_ci95", "seconds",
+        "gain_ci95", "gain_p_value", "seconds",
     }  # fmt: skip
     assert (summary["steps"], summary["weight_version"]) == (NUM_STEPS, NUM_STEPS + 1)
     assert (summary["tau_sample"], summary["tau_train"]) == (0.6, 1.0)
@@ -342,12 +342,11 @@ def test_every_evaluation_logs_the_documented_metrics(runs: Runs) -> None:
     order = [(record["step"], record["eval/temperature"]) for record in records]
     assert order == [(0, 1.0), (0, 0.0), (2, 1.0), (NUM_STEPS, 1.0)]
     for record in records:
-        ks = (1, 2) if record["eval/temperature"] else (1,)
         expected = {
-            name.replace("<source>", source).replace("@k", f"@{k}")
+            name.replace("<source>", source).replace("@k", f"@{k}").replace("@n", f"@{NUM_SAMPLES}")
             for name in documented("Every evaluation")
             for source in ("arithmetic", "seen")
-            for k in ks
+            for k in (1, NUM_SAMPLES)
         }
         assert set(record) - {"step"} == expected
         scored = pass_at_1(runs.answers(record["step"], int(record["eval/temperature"])))
