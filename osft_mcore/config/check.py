@@ -1,7 +1,7 @@
 """What cannot work together, found before any model is built; every problem is reported at once."""
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
@@ -25,6 +25,10 @@ CPU_HEAD_DIMS: Final = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 RESUME: Final = "auto, never, or the path of a checkpoint or of a run"
 
 
+def _unknown(_path: str) -> None:
+    """No dimensions but those of config.json."""
+
+
 def check(
     config: RunConfig,
     *,
@@ -33,12 +37,14 @@ def check(
     device: Literal["cpu", "cuda"],
     shape: ModelShape | None = None,
     need_files: bool = True,
+    known: Callable[[str], ModelShape | None] = _unknown,
 ) -> None:
     """Raise one ConfigError with every combination that cannot work.
 
     `world_size` None: not started yet, parallel.tp * cp * pp * dp is taken. `shape` None: read from
-    model.path. `need_files` False: what is in `absent_files` is no problem. Reads nothing else
-    but whether files exist; the same answer on every rank.
+    model.path. `need_files` False: what is in `absent_files` is no problem, and `known` is asked
+    for the shape of a model that is not here. Reads nothing else but whether files exist; the same
+    answer on every rank.
     """
     problems = [
         *_numbers(config),
@@ -55,9 +61,10 @@ def check(
         problems += _without_training(config, phase)
     if samples(phase):
         problems += _rollout_world(config, world_size, phase)
-    if shape is None and config.model.path and (need_files or model_is_here(config)):
+    if shape is None and config.model.path:
+        read = read_model_shape if need_files or model_is_here(config) else known
         try:
-            shape = read_model_shape(config.model.path)
+            shape = read(config.model.path)
         except ConfigError as error:
             problems += error.problems
     if shape is not None:

@@ -7,7 +7,7 @@ from osft_mcore.config.load import load_config, to_yaml
 from osft_mcore.config.schema import RunConfig, TrainConfig
 from osft_mcore.parallel.topology import Topology
 
-PAPER = load_config(["experiment=osft_qwen2.5_math_7b"])
+PAPER = load_config(["experiment=sept_qwen2.5_math_7b"])
 DEEPSCALER_PROMPTS = 40315
 
 
