@@ -27,6 +27,7 @@ from osft_mcore.parallel.world import (
     launched_world_size,
     local_rank,
     started_by_own_launcher,
+    started_by_torchrun,
 )
 from osft_mcore.report import command as report_command
 
@@ -262,7 +263,15 @@ def _report(*errors: OsftError) -> int:
         else:
             more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
             sys.stderr.write(f"[rank {launched_rank()}] {type(error).__name__}: {lines[0]}{more}\n")
-    return errors[0].exit_code
+    return _exit_code(errors[0])
+
+
+def _exit_code(error: OsftError) -> int:
+    """Under torchrun, which takes every other code for a failure of the rank, to be restarted: 0
+    for what is none. Whether the run is done, summary.json says."""
+    if isinstance(error, Stopped | NothingLeft) and started_by_torchrun():
+        return 0
+    return error.exit_code
 
 
 def _leave(code: int) -> None:

@@ -1,4 +1,4 @@
-"""Being told to stop: by a signal, by the end of the job, or by checkpoint.stop_after."""
+"""Being told to stop: by a signal, a file, the end of the job, or checkpoint.stop_after."""
 
 import os
 import signal
@@ -6,36 +6,56 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 import torch.distributed as dist
 
 from osft_mcore.config.duration import seconds
+from osft_mcore.errors import Stopped
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.parallel.launch import GRACEFUL, SAME_REQUEST_S
 from osft_mcore.parallel.world import PROGRAM_START, job_end
+
+STOP_FILE: Final = "stop"
+"""In the run folder: whoever makes it asks the run to stop. Where ranks have a launcher that keeps
+signals from them, and for people."""
+STOPPED: Final = "stopped"
+"""In the run folder: the run was told to stop, and has; it says why. Gone once the run goes on. For
+job scripts under launchers that have no exit code for it."""
 
 
 class StopSignals:
     """Listens for SIGTERM and SIGUSR1 while entered. To be entered in the main thread.
 
     The first only sets `received`; a later one ends the process at once, with 128 + its number,
-    even where the main thread waits in a collective.
+    even where the main thread waits in a collective. Rank 0 also looks for STOP_FILE in `folder`;
+    one that is there already was meant for an earlier start and is removed. Left with Stopped, it
+    leaves STOPPED there.
     """
 
     # Python's own handlers run between two bytecodes of the main thread, so not before a collective
     # has ended. The bytes that Python's C handler writes at once are read by a thread instead.
 
-    def __init__(self, rank: int) -> None:
-        self.received = ""
-        """Name of the first signal; empty if there was none."""
+    def __init__(self, rank: int, folder: Path | None = None) -> None:
         self.promise = "saving after this step, then stopping"
         """What the first signal is answered with."""
+        self._signal = ""
         self._rank = rank
+        self._folder = folder if rank == 0 else None
+
+    @property
+    def received(self) -> str:
+        """Name of the first signal, or the file; empty if there was none. Looks for the file."""
+        if not self._signal and self._folder is not None:
+            file = self._folder / STOP_FILE
+            return f"{file} is there" if file.exists() else ""
+        return self._signal
 
     def __enter__(self) -> Self:
+        self._forget(STOP_FILE, STOPPED)
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._writer)
@@ -58,17 +78,25 @@ class StopSignals:
         self._thread.join()
         os.close(self._writer)
         os.close(self._reader)
+        self._forget(STOP_FILE)
+        if self._folder is not None and isinstance(error, Stopped):
+            (self._folder / STOPPED).write_text(f"{error}\n", encoding="utf-8")
+
+    def _forget(self, *names: str) -> None:
+        if self._folder is not None:
+            for name in names:
+                (self._folder / name).unlink(missing_ok=True)
 
     def _listen(self) -> None:
         first = 0.0
         while number := os.read(self._reader, 1)[0]:
             if number not in GRACEFUL:
                 continue
-            if not self.received:
+            if not self._signal:
                 first = time.monotonic()
-                self.received = signal.Signals(number).name
+                self._signal = signal.Signals(number).name
                 sys.stderr.write(
-                    f"[rank {self._rank}] {self.received}: {self.promise}; a second signal stops "
+                    f"[rank {self._rank}] {self._signal}: {self.promise}; a second signal stops "
                     "at once\n"
                 )
             elif time.monotonic() - first > SAME_REQUEST_S:

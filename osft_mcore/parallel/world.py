@@ -79,6 +79,11 @@ def started_by_own_launcher() -> bool:
     return os.environ.get("TORCHELASTIC_RUN_ID") == OWN_RUN_ID
 
 
+def started_by_torchrun() -> bool:
+    """True in the ranks of an elastic agent, which may start them again."""
+    return bool(os.environ.get("TORCHELASTIC_RUN_ID")) and not started_by_own_launcher()
+
+
 def job_id(environ: Mapping[str, str] = os.environ) -> str | None:
     """The Slurm job that this process belongs to; a job that is requeued keeps its id."""
     return environ.get("SLURM_JOB_ID") or None

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from osft_mcore.actor.actor import Actor
@@ -37,7 +38,7 @@ class StepEdge:
         self._go_on = "the same command goes on from there"
         if config.checkpoint.resume == "never":
             self._go_on = "start again with checkpoint.resume=auto to go on from there"
-        self._signals = StopSignals(actor.context.rank)
+        self._signals = StopSignals(actor.context.rank, Path(config.output_dir))
         self._save_and_stop, self._signals.promise = self._signals.promise, BEFORE_A_STEP
         self._deadline = deadline(config.checkpoint.stop_after)
         self._longest_step_s = 0.0

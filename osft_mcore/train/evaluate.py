@@ -95,7 +95,8 @@ class Scores:
         found: list[Evaluation] = []
         every = self.config.logging.every
         bar = self.console.steps("evaluate", total, every=every, done=done)
-        with StopSignals(self.context.rank) as signals, bar as progress:
+        told = StopSignals(self.context.rank, self.sampler.folder.path)
+        with told as signals, bar as progress:
             signals.promise = "finishing this portion, then stopping"
             turn = _Turn(progress, signals, self.config, self.context, done=done, total=total)
             in_engine: Scored | None = None

@@ -84,7 +84,8 @@ class Generation:
         limit, longest_s = deadline(self.config.checkpoint.stop_after), 0.0
         every = self.config.logging.every
         bar = self.console.steps("generate", total, every=every, done=done)
-        with StopSignals(self.context.rank) as signals, bar as progress:
+        told = StopSignals(self.context.rank, self.sampler.folder.path)
+        with told as signals, bar as progress:
             signals.promise = "finishing this batch, then stopping"
             for number in range(done + 1, total + 1):
                 lacks_time = limit.near(time.time(), longest_step_s=longest_s, longest_save_s=0.0)

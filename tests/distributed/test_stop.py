@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from osft_mcore.errors import Stopped
 from osft_mcore.parallel import stop
 from osft_mcore.parallel.groups import ParallelContext, join_groups
 from osft_mcore.parallel.stop import StopSignals, agreed_stop
@@ -77,6 +78,42 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(
     text = f"rank 1: {number.name}"
     assert run_ranks(stopped_at, 2, number=number) == [["", "", text, text]] * 2
     assert capfd.readouterr().err.count("saving after this step, then stopping") == 1
+
+
+def stopped_by_file(rank: int, folder: Path) -> list[str]:
+    """What is agreed after each step, while rank 1 makes the file during the third."""
+    context, told = joined(2), []
+    try:
+        with StopSignals(rank, folder) as signals:
+            for step in range(1, 5):
+                if rank == 1 and step == 3:
+                    (folder / "stop").touch()
+                dist.barrier()
+                told.append(agreed_stop(signals.received, context))
+            raise Stopped("after step 4")
+    except Stopped:
+        return told
+
+
+def test_a_file_stops_all_ranks_once_and_the_folder_says_so(tmp_path: Path) -> None:
+    for stale in ("stop", "stopped"):
+        (tmp_path / stale).write_text("of an earlier start")
+    text = f"rank 0: {tmp_path / 'stop'} is there"
+    assert run_ranks(stopped_by_file, 2, folder=tmp_path) == [["", "", text, text]] * 2
+    assert [file.name for file in tmp_path.iterdir()] == ["stopped"]
+    assert (tmp_path / "stopped").read_text() == "after step 4\n"
+
+
+def left_alone(rank: int, folder: Path) -> None:
+    """A run that nobody stops, after one that was stopped."""
+    with StopSignals(rank, folder):
+        pass
+
+
+def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path: Path) -> None:
+    (tmp_path / "stopped").touch()
+    run_ranks(left_alone, 1, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def state_of(pid: int) -> str:

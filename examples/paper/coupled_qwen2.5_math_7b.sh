@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The control with coupled temperatures on Qwen2.5-Math-7B, 8 GPUs.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+osft train experiment=coupled_qwen2.5_math_7b checkpoint.every=50 "$@"
