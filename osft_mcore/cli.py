@@ -5,6 +5,7 @@
 # options of a run, and does not wait for what reads them.
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
@@ -212,7 +213,9 @@ def _run_rank(config: "RunConfig", phase: "Phase", topology: Topology) -> None:
     from osft_mcore.parallel.groups import parallel_context
 
     try:
-        with parallel_context(topology, timeout_minutes=config.parallel.timeout_minutes) as context:
+        limits = dataclasses.asdict(config.deadlines)
+        world = parallel_context(topology, timeout_minutes=limits["start"], deadlines=limits)
+        with world as context:
             console = Console(enabled=context.rank == 0, progress=config.logging.progress)
             _run_phase(config, phase, context, console)
     except OsftError as error:

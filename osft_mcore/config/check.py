@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
@@ -105,11 +106,11 @@ def _ranges(config: RunConfig) -> Iterator[str]:
             yield f"{name}: found {beta:g}, expected at least 0 and below 1"
     if config.train.lr_min_ratio > 1:
         yield f"train.lr_min_ratio: found {config.train.lr_min_ratio:g}, expected at most 1"
-    saving, waiting = config.checkpoint.timeout_minutes, config.parallel.timeout_minutes
+    saving, waiting = config.checkpoint.timeout_minutes, config.deadlines.save
     if 0 < waiting <= saving:
         yield (
             f"checkpoint.timeout_minutes: found {saving:g}, expected less than "
-            f"parallel.timeout_minutes = {waiting:g}: ranks wait for each other's saves"
+            f"deadlines.save = {waiting:g}: ranks wait for each other's saves"
         )
     if not 0 <= config.seed < 2**32:
         yield f"seed: found {config.seed}, expected 0 or more and below 2**32"
@@ -169,7 +170,7 @@ def _positive(config: RunConfig) -> Iterable[tuple[str, float]]:
         ("rollout.tau_sample", config.rollout.tau_sample),
         ("rollout.annealing.end_tau", config.rollout.annealing.end_tau),
         ("rollout.kv_cache_gib", config.rollout.kv_cache_gib),
-        ("parallel.timeout_minutes", config.parallel.timeout_minutes),
+        *((f"deadlines.{name}", limit) for name, limit in asdict(config.deadlines).items()),
         ("train.eps", config.train.eps),
         ("evaluation.grader_timeout_s", config.evaluation.grader_timeout_s),
         ("evaluation.grader_memory_gib", config.evaluation.grader_memory_gib),

@@ -61,8 +61,6 @@ class ParallelConfig:
     """Shard activations along the sequence between tensor-parallel regions; needs tp > 1."""
     distributed_optimizer: bool = True
     """Shard optimizer state over the ranks that hold the same weights (dp * cp)."""
-    timeout_minutes: float = 30.0
-    """A collective that takes longer than this stops the run."""
 
     @property
     def world_size(self) -> int:
@@ -268,6 +266,26 @@ class EvaluationConfig:
 
 @with_config(extra="forbid")
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeadlinesConfig:
+    """Minutes that a phase may take, on any rank. Then the run ends, and names the ranks that it
+    waited for; collectives fail a little later by themselves."""
+
+    start: float = 30.0
+    """Building actor and engine; also what comes between phases."""
+    rollout: float = 60.0
+    """The answers of one step."""
+    train: float = 60.0
+    """The updates of one step."""
+    sync: float = 10.0
+    """One push of the weights."""
+    evaluate: float = 120.0
+    """One evaluation at one temperature; of `osft evaluate`, one portion."""
+    save: float = 30.0
+    """Waiting for a checkpoint, or the final export."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
     """Training checkpoints, from which a run resumes exactly, and the export at its end."""
 
@@ -373,6 +391,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

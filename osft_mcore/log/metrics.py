@@ -1,8 +1,8 @@
 """One record of metrics a step: metrics.jsonl always, wandb if asked."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 from osft_mcore.config.schema import LoggingConfig
@@ -14,21 +14,32 @@ PATIENCE_S: Final = 60.0
 """How long a run waits for wandb, at its beginning and at its end."""
 
 
+def _nothing(_phase: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class Clock:
     """Seconds per phase of a step and of the whole run."""
 
-    def __init__(self, totals: Mapping[str, float] | None = None) -> None:
-        """`totals` of earlier starts of the same run."""
+    def __init__(
+        self,
+        totals: Mapping[str, float] | None = None,
+        *,
+        within: Callable[[str], AbstractContextManager[None]] = _nothing,
+    ) -> None:
+        """`totals` of earlier starts of the same run. `within`: what a phase is entered in, too."""
         self.totals = dict(totals or {})
         self.longest: dict[str, float] = {}
         """Seconds of the longest single stay in each phase, since this start."""
         self._step: dict[str, float] = {}
+        self._within = within
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to `phase`."""
         started = time.monotonic()
-        yield
+        with self._within(phase):
+            yield
         elapsed = time.monotonic() - started
         for book in (self.totals, self._step):
             book[phase] = book.get(phase, 0.0) + elapsed

@@ -1,23 +1,30 @@
 """Process groups: the only place that touches torch.distributed's and Megatron's globals."""
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.topology import Coordinates, Topology
+from osft_mcore.parallel.watchdog import Watchdog
 from osft_mcore.parallel.world import launched_world_size, local_rank, local_world_size
+
+STORE_PATIENCE_S: Final = 10.0
+"""Without an answer for so long, the launcher's store is lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +38,8 @@ class ParallelContext:
     pp_group: dist.ProcessGroup
     world_group: dist.ProcessGroup
     timeout_minutes: float
-    """Longest that a collective may take."""
+    """Longest that a collective may take while the run starts."""
+    watch: Watchdog
 
     @property
     def rank(self) -> int:
@@ -50,10 +58,14 @@ class ParallelContext:
 
 
 @contextlib.contextmanager
-def parallel_context(topology: Topology, *, timeout_minutes: float) -> Iterator[ParallelContext]:
+def parallel_context(
+    topology: Topology, *, timeout_minutes: float, deadlines: Mapping[str, float] | None = None
+) -> Iterator[ParallelContext]:
     """Join the process groups of the launcher's world, and leave them at the end.
 
-    Every rank must call, under torchrun (or anything that sets its variables).
+    Every rank must call, under torchrun (or anything that sets its variables). `deadlines`: minutes
+    by phase, which the context watches over; None: it does not. `timeout_minutes` is for what is in
+    no phase.
     Raises ConfigError if the world does not fit the topology.
     """
     world_size = launched_world_size() or 1
@@ -69,7 +81,12 @@ def parallel_context(topology: Topology, *, timeout_minutes: float) -> Iterator[
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield join_groups(topology, device=device, timeout_minutes=timeout_minutes)
+        context = join_groups(topology, device=device, timeout_minutes=timeout_minutes)
+        if deadlines is None:
+            yield context
+        else:
+            with _watchdog(context, deadlines) as watch:
+                yield dataclasses.replace(context, watch=watch)
     finally:
         parallel_state.destroy_model_parallel()
         # Closing a rollout engine already takes the world down.
@@ -115,7 +132,11 @@ def join_groups(
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         world_group=world,
         timeout_minutes=timeout_minutes,
-    )
+        watch=Watchdog(
+            coordinates.rank, 1, deadlines_s={}, otherwise_s=0.0,
+            limit_collectives=limit_collectives, store=None,
+        ),
+    )  # fmt: skip
     found = (
         context.tp_group.rank(),
         context.pp_group.rank(),
@@ -127,6 +148,29 @@ def join_groups(
     expected = (place.tp_rank, place.pp_rank, place.cp_rank, place.dp_rank, place.copy)
     assert found == expected, f"Megatron's rank order changed: {found} is not {expected}"
     return context
+
+
+def limit_collectives(seconds: float) -> None:
+    """From now on a collective of any group that this rank is in fails after so long."""
+    for group in list(_world.pg_map):
+        _set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def _watchdog(context: ParallelContext, deadlines: Mapping[str, float]) -> Watchdog:
+    world_size, store = context.topology.world_size, None
+    if world_size > 1:
+        # A connection of its own: on the world's, the main thread may be waiting.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = datetime.timedelta(seconds=STORE_PATIENCE_S)
+        store = TCPStore(address, port, None, is_master=False, timeout=patience)
+    return Watchdog(
+        context.rank,
+        world_size,
+        deadlines_s={phase: 60 * minutes for phase, minutes in deadlines.items()},
+        otherwise_s=60 * context.timeout_minutes,
+        limit_collectives=limit_collectives,
+        store=store,
+    )
 
 
 def wait_for_all(context: ParallelContext) -> None:

@@ -79,7 +79,7 @@ def open_loop(
     say_start(console, config, read_model_shape(config.model.path), num_steps=num_steps)
     _say_data(console, config, train, held_out)
     point = find_resume_point(config, "train", num_steps, context, console)
-    clock = Clock(point.seconds if point else None)
+    clock = Clock(point.seconds if point else None, within=context.watch.phase)
     with ExitStack() as stack:
         with clock("start"):
             actor = build_actor(config, context, point)

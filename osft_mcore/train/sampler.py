@@ -56,7 +56,7 @@ def open_sampler(
 
     `keep`: what the folder holds is gone on with.
     """
-    clock = Clock()
+    clock = Clock(within=context.watch.phase)
     with ExitStack() as stack:
         with clock("start"):
             engine = build_engine(config, context, tokenizer)

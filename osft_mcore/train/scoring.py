@@ -43,7 +43,7 @@ class Scoring:
         with self.clock("evaluate"):
             for _, graded in self.evaluator.graded(step, temperature):
                 answers += graded or ()
-            # One rank grades; the others wait here, under parallel.timeout_minutes.
+            # One rank grades; the others wait here, under deadlines.evaluate.
             wait_for_all(self.context)
         return self.keep(step, temperature, answers)
 

@@ -46,7 +46,7 @@ def run_sft(config: RunConfig, context: ParallelContext, console: Console) -> No
     say_start(console, config, read_model_shape(config.model.path), num_steps=num_steps)
     console.say(f"data: {len(data.examples)} examples ({data.num_dropped_overlong} dropped)")
     point = find_resume_point(config, "sft", num_steps, context, console)
-    clock = Clock(point.seconds if point else None)
+    clock = Clock(point.seconds if point else None, within=context.watch.phase)
     with clock("start"):
         actor = build_actor(config, context, point)
     with ExitStack() as stack:

@@ -78,7 +78,7 @@ def lost_ranks(doing: str) -> Iterator[None]:
         reason = " ".join(reason.split())[-160:]
         raise WeightError(
             f"the push broke off while {doing}: a rank died, or did not answer within "
-            f"parallel.timeout_minutes ({reason})"
+            f"deadlines.sync ({reason})"
         ) from error
 
 

@@ -117,7 +117,7 @@ def test_what_works_passes(
         ("parallel.vpp=2", "parallel.vpp: found 2, which needs parallel.pp > 1, found 1"),
         ("parallel.dp=0", "parallel.dp: found 0, expected at least 1"),
         ("parallel.sequence_parallel=true", "parallel.sequence_parallel: needs parallel.tp > 1"),
-        ("parallel.timeout_minutes=0", "parallel.timeout_minutes: found 0, expected more than 0"),
+        ("deadlines.sync=0", "deadlines.sync: found 0, expected more than 0"),
         ("rollout.tp=0", "rollout.tp: found 0, expected at least 1"),
         ("rollout.tp=2", "rollout.tp: 2 does not divide the world of 1 processes; choose one of 1"),
         ("rollout.tau_sample=0", "rollout.tau_sample: found 0, expected more than 0"),
