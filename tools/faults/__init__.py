@@ -1,0 +1,1 @@
+"""What a run does when one of its ranks is killed or frozen, phase by phase."""
