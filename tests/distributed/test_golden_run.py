@@ -91,7 +91,9 @@ def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]])
             elif float(value).is_integer():
                 assert ours[name] == value, at
             else:
-                assert ours[name] == pytest.approx(value, rel=TOLERANCE), at
+                # Of the probe some figures are single tokens', and near 0.
+                near = TOLERANCE if "/probe_" in name else None
+                assert ours[name] == pytest.approx(value, rel=TOLERANCE, abs=near), at
 
 
 def record(root: Path) -> None:
