@@ -10,7 +10,7 @@ from osft_mcore.errors import DataError, GradingError
 from osft_mcore.evaluation.grading import Grader
 from osft_mcore.evaluation.results import Answer, Evaluation, SourceScores, by_problem
 from osft_mcore.evaluation.scorers import Grade, Sample, final_answer
-from osft_mcore.records import Prompt, Response, Sampling
+from osft_mcore.records import Prompt, Response, Sampling, ground_truth_of
 
 if TYPE_CHECKING:
     # Names torch; scoring does not need it.
@@ -180,8 +180,10 @@ _UnderWay = tuple[int, Sequence[Response], Future[tuple[Answer, ...]] | None]
 def read_answers(rows: Sequence[Mapping[str, Any]]) -> tuple[Answer, ...]:
     """Answers as they were kept; () if one of them is none."""
     try:
-        return tuple(Answer(**row) for row in rows)
-    except TypeError:
+        return tuple(
+            Answer(**{**row, "ground_truth": ground_truth_of(row["ground_truth"])}) for row in rows
+        )
+    except (KeyError, TypeError):
         return ()
 
 

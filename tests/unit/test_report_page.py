@@ -192,6 +192,13 @@ def test_another_expected_answer_is_another_problem(scored: Path, tmp_path: Path
     assert "0 of 8 are those of the first row" in shown(scored, other).text
 
 
+def test_of_several_expected_answers_all_are_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    rows = [row | {"ground_truth": ["1/2", "0.5"]} for row in answer_rows([[True, True]] * 4)]
+    write_lines(run / "evaluations" / "step_0_temperature_1.jsonl", rows)
+    assert "correct; expected 1/2 or 0.5" in shown(run, num_samples=1).text
+
+
 def test_a_folder_of_scores_is_a_run(tmp_path: Path) -> None:
     scores = tmp_path / "scores"
     add_scores(scores, 0, 1.0, [[True, False], [True, True]])
