@@ -64,6 +64,7 @@ class Run:
 def osft(_rank: int, start: Start, out: Path, topology: Topology) -> None:
     context = join_groups(topology, device=torch.device("cpu"))
     config = toy_config(start, out, topology)
+    config = replace(config, evaluation=replace(config.evaluation, scorer="boxed_math"))
     check(config, world_size=topology.world_size, phase="train", device="cpu")
     run_osft(config, context, Console(enabled=False), build_torch_engine)
 
