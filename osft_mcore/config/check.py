@@ -181,6 +181,7 @@ def _non_negative(config: RunConfig) -> Iterable[tuple[str, float]]:
         ("train.weight_decay", config.train.weight_decay),
         ("train.clip_grad", config.train.clip_grad),
         ("evaluation.every", config.evaluation.every),
+        ("evaluation.probe", config.evaluation.probe),
         ("evaluation.temperature", config.evaluation.temperature),
         ("evaluation.overlong_buffer_tokens", config.evaluation.overlong_buffer_tokens),
         *(("evaluation.baseline_temperatures", t) for t in config.evaluation.baseline_temperatures),

@@ -246,6 +246,9 @@ class EvaluationConfig:
     portion is graded the next one is sampled, and `osft evaluate` goes on after the last one."""
     max_problems: int | None = None
     """Use only the first this many problems of each file."""
+    probe: int = 16
+    """While training: problems of each data source whose first answer the actor looks at, for the
+    log-probability and the entropy of its tokens; 0: none."""
     scorer: str = "boxed_math"
     """What a response is worth; a score above 0 is correct. `boxed_math`: the last box, by spelling
     and algebra. `boxed_math_fast`: the same without math-verify, so that sets, lists, percentages

@@ -16,7 +16,7 @@ from osft_mcore.data.parquet import (
     to_messages,
 )
 from osft_mcore.data.tokenizer import ChatTokenizer
-from osft_mcore.records import Prompt
+from osft_mcore.records import GroundTruth, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,9 @@ def load_problems(
 ) -> Problems:
     """Read, render and tokenise the first `limit` rows of a parquet file.
 
-    Columns: `prompt_key` (text or messages), `data_source`, `reward_model.ground_truth` and,
-    optionally, `id`. Prompt.row is the row in the file, whatever is dropped.
+    Columns: `prompt_key` (text or messages), `data_source`, `reward_model.ground_truth` (text, a
+    number, or a list of accepted ones) and, optionally, `id`. Prompt.row is the row in the file,
+    whatever is dropped.
     Raises DataError that names `option`, the file, and every kind of fault.
     """
     source = DataFile(path=Path(file), option=option)
@@ -108,13 +109,24 @@ def _prompt(row: int, record: dict[str, Any], text: str, token_ids: tuple[int, .
     )
 
 
-def _ground_truth(reward_model: dict[str, Any] | None) -> str:
+def _ground_truth(reward_model: dict[str, Any] | None) -> GroundTruth:
+    """Of several accepted answers all; a list of one is that one."""
     truth = None if reward_model is None else reward_model["ground_truth"]
+    if not isinstance(truth, list):
+        return _accepted(truth)
+    if not truth:
+        raise ValueError("no reward_model.ground_truth")
+    golds = tuple(map(_accepted, truth))
+    return golds[0] if len(golds) == 1 else golds
+
+
+def _accepted(truth: Any) -> str:
     if truth is None or truth != truth or str(truth).strip() == "":
         raise ValueError("no reward_model.ground_truth")
     if isinstance(truth, bool) or not isinstance(truth, str | int | float):
         raise ValueError(
-            f"reward_model.ground_truth is a {type(truth).__name__}, expected text or a number"
+            f"reward_model.ground_truth is a {type(truth).__name__}, expected text, a number or a "
+            "list of these"
         )
     return str(truth)
 

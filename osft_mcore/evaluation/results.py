@@ -18,6 +18,7 @@ from osft_mcore.evaluation.measures import (
 )
 from osft_mcore.evaluation.scorers import GradeStatus
 from osft_mcore.evaluation.statistics import Interval, paired_p_value, stratified_ci
+from osft_mcore.records import GroundTruth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class Answer:
     prompt_id: str
     sample_index: int
     text: str
-    ground_truth: str
+    ground_truth: GroundTruth
     prediction: str
     """The final answer that the scorer saw, spelled plainly; "" if there is none."""
     num_tokens: int

@@ -13,6 +13,7 @@ from osft_mcore.report.columns import ColumnChart
 from osft_mcore.report.comparison import Row, compared
 from osft_mcore.report.curves import absent_metrics, curve_charts, shared_charts, step_time
 from osft_mcore.report.lines import LineChart
+from osft_mcore.report.probe import probe_charts
 from osft_mcore.report.run import Run
 from osft_mcore.report.samples import Answer, samples_of
 from osft_mcore.report.scale import written
@@ -89,7 +90,10 @@ def _part(run: Run, results: Sequence[Result], rows: Sequence[Row], num_samples:
         sentence=facts.sentence(run),
         state=facts.state(run),
         cards=facts.cards(run, rows),
-        scores=score_charts(run, results),
+        scores=[
+            *score_charts(run, results),
+            *probe_charts(run, usual_temperature(run, results)),
+        ],
         curves=list(curve_charts(run)),
         timeline=timeline,
         phase_shares=_shares(timeline),

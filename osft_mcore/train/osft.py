@@ -98,7 +98,7 @@ def open_loop(
         scoring = stack.enter_context(
             open_scoring(
                 config, context, engine, held_out, tokenizer,
-                folder=folder, metrics=metrics, console=console, clock=clock,
+                folder=folder, metrics=metrics, console=console, clock=clock, actor=actor,
             )
         )  # fmt: skip
         restore_rng(point, context)

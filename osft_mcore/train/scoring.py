@@ -2,9 +2,12 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 
+from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.probe import Probe
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer
 from osft_mcore.evaluation.evaluator import Evaluator, read_answers
@@ -14,8 +17,10 @@ from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json, wait_for_all
+from osft_mcore.records import Response
 from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.inputs import HeldOut
+from osft_mcore.train.probe import first_answers, probe_answers, probe_metrics, with_probes
 from osft_mcore.train.score_files import (
     answers_file,
     portion_file,
@@ -36,16 +41,30 @@ class Scoring:
     console: Console
     clock: Clock
     seed: int
+    actor: Actor | None = None
+    """Looks at the answers to `num_probed` problems of each source; None where nothing trains."""
+    num_probed: int = 0
 
     def score(self, step: int, temperature: float) -> Evaluation | None:
         """Score the held-out problems; the result is on the grading rank only. Collective."""
         answers: list[Answer] = []
+        first: list[Response] = []
         with self.clock("evaluate"):
-            for _, graded in self.evaluator.graded(step, temperature):
-                answers += graded or ()
+            for portion in self.evaluator.graded(step, temperature):
+                answers += portion.answers or ()
+                first += (r for r in portion.responses if r.sample_index == 0)
+            probes = self._probe(first, temperature)
             # One rank grades; the others wait here, under parallel.timeout_minutes.
             wait_for_all(self.context)
-        return self.keep(step, temperature, answers)
+        return self.keep(step, temperature, answers, probes)
+
+    def _probe(self, responses: Sequence[Response], temperature: float) -> dict[str, Probe]:
+        """The engine has been given the actor's weights: both speak of the same model."""
+        if self.actor is None or not self.num_probed:
+            return {}
+        probes = probe_answers(self.actor, first_answers(responses, self.num_probed), temperature)
+        self.actor.rest()
+        return probes
 
     def portions(self, step: int, temperature: float) -> Iterator[tuple[int, int]]:
         """Score the portions that an earlier start has not; (number, how many) after each.
@@ -60,11 +79,11 @@ class Scoring:
                 portion = next(graded, None)
                 if portion is None:
                     return
-                number, answers = portion
-                if answers is not None:
-                    rows = map(dataclasses.asdict, answers)
-                    self.folder.write_lines(portion_file(step, temperature, number), rows)
-            yield number, total
+                if portion.answers is not None:
+                    rows = map(dataclasses.asdict, portion.answers)
+                    file = portion_file(step, temperature, portion.number)
+                    self.folder.write_lines(file, rows)
+            yield portion.number, total
 
     def portions_left(self, step: int, temperature: float) -> set[int]:
         """Those that are not kept yet; rank 0 looks. Collective."""
@@ -98,31 +117,40 @@ class Scoring:
         shutil.rmtree(self.folder.path / portions_folder(step, temperature), ignore_errors=True)
         return found
 
-    def keep(self, step: int, temperature: float, answers: Sequence[Answer]) -> Evaluation | None:
+    def keep(
+        self,
+        step: int,
+        temperature: float,
+        answers: Sequence[Answer],
+        probes: Mapping[str, Probe] = MappingProxyType({}),
+    ) -> Evaluation | None:
         """Write what was found; None on ranks that do not grade."""
         if not self.folder.writer:
             return None
         evaluation = self.evaluator.evaluation(step, temperature, answers)
         assert evaluation is not None, "portions are answers to all problems"
         dropped = self.held_out.dropped_overlong
-        self.folder.write_json(
-            result_file(step, temperature), report(evaluation, dropped=dropped, seed=self.seed)
-        )
+        found = report(evaluation, dropped=dropped, seed=self.seed)
+        self.folder.write_json(result_file(step, temperature), with_probes(found, probes))
         rows = map(dataclasses.asdict, evaluation.answers)
         # After the result: where the answers are, that is too.
         self.folder.write_lines(answers_file(step, temperature), rows)
-        self._tell(evaluation)
+        self._tell(evaluation, probes)
         self.console.say(
             f"step {step}, temperature {temperature:g}: pass@1 {evaluation.pass_at_1:.1%}"
         )
         return evaluation
 
-    def _tell(self, evaluation: Evaluation) -> None:
+    def _tell(
+        self, evaluation: Evaluation, probes: Mapping[str, Probe] = MappingProxyType({})
+    ) -> None:
         """One line of metrics, unless a start that was killed here has written it."""
         at = (evaluation.step, evaluation.temperature)
         told = self.folder.read_lines("evaluations.jsonl")
         if at not in ((row.get("step"), row.get("eval/temperature")) for row in told):
-            self.metrics.write_evaluation(evaluation.step, metrics(evaluation))
+            self.metrics.write_evaluation(
+                evaluation.step, metrics(evaluation) | probe_metrics(probes)
+            )
 
     def recall(self, step: int, temperature: float) -> Evaluation | None:
         """What was found before, as the run folder keeps it; not collective.
@@ -145,8 +173,12 @@ def open_scoring(
     metrics: MetricsLog,
     console: Console,
     clock: Clock,
+    actor: Actor | None = None,
 ) -> Iterator[Scoring | None]:
-    """None if there is nothing to score on. Rank 0 grades, with workers that end with this."""
+    """None if there is nothing to score on. Rank 0 grades, with workers that end with this.
+
+    `actor`: whose weights the engine has, to look at some of the answers.
+    """
     with ExitStack() as stack:
         cfg, grader = config.evaluation, None
         if context.rank == 0:
@@ -179,4 +211,6 @@ def open_scoring(
             console=console,
             clock=clock,
             seed=config.seed,
+            actor=actor,
+            num_probed=cfg.probe,
         )

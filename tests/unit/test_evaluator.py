@@ -115,9 +115,9 @@ def evaluator(
 
 def result(evaluator: Evaluator, *, step: int = 3, temperature: float = 1.0) -> Evaluation:
     answers: list[Answer] = []
-    for _, graded in evaluator.graded(step, temperature):
-        assert graded is not None
-        answers += graded
+    for portion in evaluator.graded(step, temperature):
+        assert portion.answers is not None
+        answers += portion.answers
     evaluation = evaluator.evaluation(step, temperature, answers)
     assert evaluation is not None
     return evaluation
@@ -213,7 +213,8 @@ def test_greedy_draws_one_sample_which_all_the_others_would_be(grader: Grader) -
 def test_a_rank_without_a_grader_takes_part_and_returns_none() -> None:
     engine = ScriptedEngine(SCRIPT)
     portions = list(evaluator(engine, None, portion=4).graded(3, 1.0))
-    assert portions == [(0, None), (1, None), (2, None)]
+    assert [(p.number, p.answers) for p in portions] == [(0, None), (1, None), (2, None)]
+    assert [len(portion.responses) for portion in portions] == [4, 4, 4]
     assert len(engine.samplings) == 3
 
 
@@ -231,7 +232,7 @@ def test_portions_change_nothing(grader: Grader, portion: int) -> None:
 def test_portions_that_are_there_are_left_out(grader: Grader) -> None:
     engine = ScriptedEngine(SCRIPT)
     cut = evaluator(engine, grader, portion=4)
-    assert [number for number, _ in cut.graded(3, 1.0, skip={0, 1})] == [2]
+    assert [portion.number for portion in cut.graded(3, 1.0, skip={0, 1})] == [2]
     assert [prompt.prompt_id for prompt in engine.last] == ["products/0"]
 
 

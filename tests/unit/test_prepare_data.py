@@ -488,6 +488,18 @@ def test_sources_that_do_not_fit_are_named_together(tmp_path: Path) -> None:
         run("math500", "amc", local=source / "amc.parquet", out=out)
 
 
+def test_lists_of_accepted_answers_stay_lists(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": question}], "data_source": "amc",
+         "reward_model": {"ground_truth": golds}}
+        for question, golds in (("q", ["1", "one"]), ("r", ["2"]), ("s", "3"))
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "amc.jsonl", rows)
+    run("amc", local=tmp_path / "amc.jsonl", out=tmp_path / "data")
+    prompts = load(tmp_path / "data" / "amc.parquet", tokenizer)
+    assert [prompt.ground_truth for prompt in prompts] == [("1", "one"), "2", "3"]
+
+
 def test_nothing_left_is_refused_and_nothing_written(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "data"
     write_jsonl(source / "math500.jsonl", [MATH500])
