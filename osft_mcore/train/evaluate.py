@@ -40,6 +40,11 @@ def run_evaluate(
         f"{config.rollout.max_prompt_tokens} tokens dropped), "
         f"{config.evaluation.num_samples} samples each"
     )
+    if (shots := held_out.shots) is not None:
+        console.say(
+            f"examples before every problem: {len(shots.rows)} of {shots.file} "
+            f"({shots.num_held_out} left out, which are held-out problems)"
+        )
     goes_on = check_earlier_scores(config)
     with ExitStack() as stack:
         sampler = stack.enter_context(
