@@ -12,6 +12,7 @@ from osft_mcore.report import facts
 from osft_mcore.report.columns import ColumnChart
 from osft_mcore.report.comparison import Row, compared
 from osft_mcore.report.curves import absent_metrics, curve_charts, shared_charts, step_time
+from osft_mcore.report.general import harness_table
 from osft_mcore.report.lines import LineChart
 from osft_mcore.report.outcomes import COLUMNS, outcome_rows
 from osft_mcore.report.outcomes import Row as OutcomeRow
@@ -74,6 +75,7 @@ def page(runs: Sequence[Run], *, num_samples: int = 0) -> str:
     return templates.get_template(TEMPLATE).render(
         runs=runs,
         rows=rows,
+        general=harness_table(runs),
         outcome_columns=list(COLUMNS.values()),
         ks=sorted({k for row in rows for k in row.pass_at}),
         shared=_shared(runs, results),

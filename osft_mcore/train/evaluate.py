@@ -11,10 +11,12 @@ from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.tokenizer import load_tokenizer
 from osft_mcore.errors import Stopped
 from osft_mcore.evaluation.aggregate import best_temperature
+from osft_mcore.evaluation.harness import summary as harness_summary
 from osft_mcore.evaluation.results import Evaluation, compare, pass_at_1_bounds
 from osft_mcore.log.console import Console, StepProgress
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.parallel.stop import StopSignals, agreed_stop, deadline
+from osft_mcore.train.harness import harness_results
 from osft_mcore.train.identity import start_fingerprint
 from osft_mcore.train.inputs import load_held_out
 from osft_mcore.train.resume import SUMMARY
@@ -68,6 +70,9 @@ def run_evaluate(
         if found:
             summary = _summary(config, found, held_out.num_problems)
             summary["seconds"] = seconds_of(sampler.clock)
+            if by_step := harness_results(sampler.folder.path):
+                # Of an earlier start with --lm-eval.
+                summary["lm_eval"] = harness_summary(by_step)
             # Last: it says that nothing is left to do.
             sampler.folder.write_json(SUMMARY, summary)
             _print(console, config, found)
