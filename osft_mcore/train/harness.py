@@ -226,14 +226,31 @@ def _run_step(
             f"lm-eval {ending}, step {step}, tasks {', '.join(work.tasks)}; its last lines, all of "
             f"them are in {place / LOG}:\n" + "\n".join(last)
         )
-    found = _own_results(files[-1])
+    seconds = round(time.monotonic() - began, 1)
+    _keep(config, harness, work, folder, place, _own_results(files[-1]), seconds)
+    if work.scored.checkpoint is not None:
+        # As large as the model, and made again of the checkpoint in no time.
+        shutil.rmtree(model)
+
+
+def _keep(
+    config: RunConfig,
+    harness: Harness,
+    work: Work,
+    folder: RunFolder,
+    place: Path,
+    found: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Add what one start found, its own files being in `place`, to what is known of its step."""
+    step = work.scored.step
     before = harness_results(folder.path).get(step, {})
     run = {
         "tasks": list(work.tasks),
         "files": _task_hashes(work.tasks),
         "version": str(found.get("lm_eval_version", "unknown")),
         "folder": str(place.relative_to(folder.path)),
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": seconds,
     }
     folder.write_json(
         f"evaluations/step_{step}_lm_eval.json",
@@ -245,9 +262,6 @@ def _run_step(
             "results": merged(before.get("results", ()), result_rows(found)),
         },
     )
-    if work.scored.checkpoint is not None:
-        # As large as the model, and made again of the checkpoint in no time.
-        shutil.rmtree(model)
 
 
 def _own_results(file: Path) -> dict[str, Any]:
