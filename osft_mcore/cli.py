@@ -32,6 +32,7 @@ from osft_mcore.report import command as report_command
 
 if TYPE_CHECKING:
     from osft_mcore.config.schema import Phase, RunConfig
+    from osft_mcore.evaluation.harness import Backend, Harness
     from osft_mcore.log.console import Console
     from osft_mcore.parallel.groups import ParallelContext
 
@@ -61,6 +62,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     phase: Phase = arguments.command
     check_launch_environment()
     world_size = launched_world_size()
+    harness = _harness(arguments)
     checks = partial(
         check,
         world_size=world_size,
@@ -82,13 +84,56 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     if not started_by_own_launcher():
         from osft_mcore.train.preflight import input_errors
 
-        if errors := input_errors(config, phase):
+        errors = input_errors(config, phase)
+        if harness is not None:
+            return _score_with_harness(given, config, harness, errors, topology.world_size)
+        if errors:
             return _report(*errors)
     if world_size is None:
         from osft_mcore.parallel.launch import launch
 
         return launch(given, num_processes=topology.world_size)
     _run_rank(config, phase, topology)
+    return 0
+
+
+def _harness(arguments: argparse.Namespace) -> "Harness | None":
+    """What --lm-eval asks for, if it is there."""
+    tasks: str | None = getattr(arguments, "lm_eval", None)
+    if tasks is None:
+        if getattr(arguments, "lm_eval_args", None):
+            raise ConfigError("--lm-eval-args: they are for --lm-eval, which is not there")
+        return None
+    from osft_mcore.evaluation.harness import parse_harness
+
+    if launched_world_size() is not None and not started_by_own_launcher():
+        raise ConfigError(
+            "--lm-eval: the harness runs when the ranks have ended; start osft itself, without a "
+            "launcher such as torchrun"
+        )
+    usual: Backend = "vllm" if device_type() == "cuda" else "hf"
+    return parse_harness(tasks, arguments.lm_eval_args, usual=usual)
+
+
+def _score_with_harness(
+    given: Sequence[str],
+    config: "RunConfig",
+    harness: "Harness",
+    errors: Sequence[OsftError],
+    num_processes: int,
+) -> int:
+    """Score first, if that is not done, with ranks that end; then run the harness."""
+    from osft_mcore.log.console import Console
+    from osft_mcore.parallel.launch import launch
+    from osft_mcore.train.harness import harness_errors, run_harness
+
+    is_scored = any(isinstance(error, NothingLeft) for error in errors)
+    others = [error for error in errors if not isinstance(error, NothingLeft)]
+    if others := [*others, *harness_errors(config, harness)]:
+        return _report(*others)
+    if not is_scored and (code := launch(given, num_processes=num_processes)):
+        return code
+    run_harness(config, harness, Console(enabled=True, progress=config.logging.progress))
     return 0
 
 
@@ -155,6 +200,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             text = "score this run's checkpoints, with the options that it had; into RUN/scores"
             command.add_argument("--run", type=Path, help=text)
+            text = "then run tasks of lm-evaluation-harness: names or .yaml files, with commas"
+            command.add_argument("--lm-eval", metavar="TASKS", help=text)
+            text = "for the harness, as one text, as in '--num_fewshot 4 --limit 100'"
+            command.add_argument("--lm-eval-args", metavar="ARGS", default="", help=text)
         command.add_argument("overrides", nargs="*", metavar="option=value")
     text = "what is installed here, and which kernel would compute what"
     commands.add_parser("doctor", help=text, description=text)

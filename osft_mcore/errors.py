@@ -57,6 +57,12 @@ class CheckpointError(OsftError):
     exit_code = 8
 
 
+class HarnessError(OsftError):
+    """lm-evaluation-harness ended without results."""
+
+    exit_code = 9
+
+
 class Stopped(OsftError):
     """Told to stop, the run has saved; the same command goes on from there."""
 

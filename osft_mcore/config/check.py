@@ -183,6 +183,7 @@ def _non_negative(config: RunConfig) -> Iterable[tuple[str, float]]:
         ("evaluation.every", config.evaluation.every),
         ("evaluation.probe", config.evaluation.probe),
         ("evaluation.temperature", config.evaluation.temperature),
+        ("evaluation.shots", config.evaluation.shots),
         ("evaluation.overlong_buffer_tokens", config.evaluation.overlong_buffer_tokens),
         *(("evaluation.baseline_temperatures", t) for t in config.evaluation.baseline_temperatures),
         *(("evaluation.steps", step) for step in config.evaluation.steps),

@@ -4,18 +4,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from osft_mcore.config.schema import EvaluationConfig, RunConfig
 
+SPLITS: Final = MappingProxyType({"gsm8k": "gsm8k_test"})
+"""Benchmarks whose file is one of several that tools/prepare_data.py writes."""
 MAX_SWEEP: Final = 100
 """Temperatures; more are a mistake in the step."""
 
 
 def benchmark_files(config: RunConfig) -> tuple[str, ...]:
-    """The files of evaluation.files: a bare name is data.folder/<name>.parquet."""
+    """The files of evaluation.files: a bare name is data.folder/<name>.parquet, but see SPLITS."""
     return tuple(
-        str(Path(config.data.folder) / f"{name}.parquet") if _is_name(name) else name
+        str(Path(config.data.folder) / f"{SPLITS.get(name, name)}.parquet")
+        if _is_name(name)
+        else name
         for name in config.evaluation.files
     )
 

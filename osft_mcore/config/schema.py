@@ -222,8 +222,8 @@ class EvaluationConfig:
     """Scoring on held-out problems."""
 
     files: tuple[str, ...] = ()
-    """Parquet files in the schema of the training prompts, or names of benchmarks in data.folder.
-    Empty: no evaluation."""
+    """Parquet files in the schema of the training prompts, or names of benchmarks in data.folder
+    (`gsm8k` is its test split there). Empty: no evaluation."""
     run: str = ""
     """For `osft evaluate`: score the checkpoints of this run, in the order of their steps, and the
     model that it began with; empty: score model.path."""
@@ -249,6 +249,13 @@ class EvaluationConfig:
     probe: int = 16
     """While training: problems of each data source whose first answer the actor looks at, for the
     log-probability and the entropy of its tokens; 0: none."""
+    shots: int = 0
+    """Worked examples before every problem, as turns of user and assistant: drawn by `seed` from
+    shots_file, the same ones for all. One that is itself a problem of evaluation.files is left
+    out."""
+    shots_file: str = ""
+    """Parquet or jsonl file with data.prompt_key (text, or messages with one question) and
+    data.response_key (text), as tools/clean_traces.py and tools/prepare_data.py write."""
     scorer: str = "boxed_math"
     """What a response is worth; a score above 0 is correct. `boxed_math`: the last box, by spelling
     and algebra. `boxed_math_fast`: the same without math-verify, so that sets, lists, percentages

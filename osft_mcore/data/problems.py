@@ -15,6 +15,7 @@ from osft_mcore.data.parquet import (
     read_table,
     to_messages,
 )
+from osft_mcore.data.shots import Shots
 from osft_mcore.data.tokenizer import ChatTokenizer
 from osft_mcore.records import GroundTruth, Prompt
 
@@ -44,8 +45,9 @@ def load_problems(
     max_prompt_tokens: int,
     option: str,
     limit: int | None = None,
+    shots: Shots | None = None,
 ) -> Problems:
-    """Read, render and tokenise the first `limit` rows of a parquet file.
+    """Read, render and tokenise the first `limit` rows of a parquet file, `shots` before each.
 
     Columns: `prompt_key` (text or messages), `data_source`, `reward_model.ground_truth` (text, a
     number, or a list of accepted ones) and, optionally, `id`. Prompt.row is the row in the file,
@@ -65,6 +67,8 @@ def load_problems(
             messages = to_messages(
                 record[prompt_key], system_prompt=system_prompt, prompt_suffix=prompt_suffix
             )
+            if shots is not None:
+                messages = shots.before(messages)
             prompt = _prompt(row, record, *tokenizer.render(messages))
             prompts.append(replace(prompt, messages=tuple(messages)))
         except ValueError as reason:
@@ -73,9 +77,10 @@ def load_problems(
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens]
     if not kept:
         shortest = min(len(prompt.token_ids) for prompt in prompts)
+        examples = f", with {len(shots.rows)} examples (evaluation.shots)" if shots else ""
         raise source.error(
             f"all {len(prompts)} prompts are longer than rollout.max_prompt_tokens = "
-            f"{max_prompt_tokens}; the shortest has {shortest} tokens"
+            f"{max_prompt_tokens}; the shortest has {shortest} tokens{examples}"
         )
     return Problems(
         file=source.path,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from osft_mcore.errors import DataError, GradingError
 from osft_mcore.evaluation.grading import Grader
 from osft_mcore.evaluation.results import Answer, Evaluation, SourceScores, by_problem
-from osft_mcore.evaluation.scorers import Grade, Sample, final_answer
+from osft_mcore.evaluation.scorers import SCORERS, Grade, Sample, final_answer
 from osft_mcore.records import Prompt, Response, Sampling, ground_truth_of
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ class Evaluator:
                     data_source=source,
                     problems=tuple(grouped[source, prompt.prompt_id] for prompt in prompts),
                     num_asked=self._num_samples,
+                    tells_format=self._scorer in SCORERS,
                 )
                 for source, prompts in self._problems.items()
             ),

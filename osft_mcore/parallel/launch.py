@@ -3,6 +3,7 @@
 # Not torchrun's own agent: a signal that arrives while it starts the ranks leaves them behind,
 # and it ends the peers of a failed rank only after 30 seconds if they do not listen.
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -154,6 +155,13 @@ def _exit_code(failed: Sequence[tuple[int, int]], passed_on: int) -> int:
 def _stopped_by(number: int) -> int:
     sys.stderr.write(f"osft: stopped by {signal.Signals(number).name}\n")
     return 128 + number
+
+
+def end_group(child: "subprocess.Popen[str]") -> None:
+    """Kill a process that leads a session of its own, and whatever it started there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -65,6 +65,8 @@ def identity(config: RunConfig, phase: Phase) -> dict[str, Any]:
         found["data.train"] = data_sha256(config.data.train)
     if phase == "evaluate":
         found["evaluation.files"] = {path: data_sha256(path) for path in benchmark_files(config)}
+        if config.evaluation.shots:
+            found["evaluation.shots_file"] = data_sha256(config.evaluation.shots_file)
         if config.evaluation.scorer not in SCORERS:
             file = Path(config.evaluation.scorer.rpartition(":")[0])
             found["evaluation.scorer"] = _sha256(file)

@@ -61,6 +61,8 @@ OF_A_SCORE: Final = (
     "evaluation.top_p:",
     "evaluation.max_problems:",
     "evaluation.portion:",
+    "evaluation.shots:",
+    "evaluation.shots_file:",
     "evaluation.scorer:",
     "evaluation.grader_timeout_s:",
     "evaluation.grader_memory_gib:",
@@ -111,7 +113,8 @@ def check_earlier_scores(config: RunConfig) -> bool:
     now, then = json.loads(json.dumps(scores_identity(config))), before["identity"]
     if now["files"] != then.get("files"):
         other.append(
-            "model.path, evaluation.files, evaluation.scorer: what the files hold has changed"
+            "model.path, evaluation.files, evaluation.shots_file, evaluation.scorer: what the "
+            "files hold has changed"
         )
     other += [
         f"evaluation.run: the weights after step {step} are others than those that were scored"

@@ -129,8 +129,10 @@ class Scoring:
             return None
         evaluation = self.evaluator.evaluation(step, temperature, answers)
         assert evaluation is not None, "portions are answers to all problems"
-        dropped = self.held_out.dropped_overlong
-        found = report(evaluation, dropped=dropped, seed=self.seed)
+        dropped, shots = self.held_out.dropped_overlong, self.held_out.shots
+        found = report(
+            evaluation, dropped=dropped, seed=self.seed, shots=shots.record() if shots else None
+        )
         self.folder.write_json(result_file(step, temperature), with_probes(found, probes))
         rows = map(dataclasses.asdict, evaluation.answers)
         # After the result: where the answers are, that is too.

@@ -59,8 +59,10 @@ def test_temperatures_come_once_and_in_order() -> None:
 def test_a_bare_name_is_a_benchmark() -> None:
     config = RunConfig(
         data=DataConfig(folder="sets"),
-        evaluation=EvaluationConfig(files=("math500", "own.parquet", "./aime", "a/b.parquet")),
+        evaluation=EvaluationConfig(
+            files=("math500", "gsm8k", "own.parquet", "./aime", "a/b.parquet")
+        ),
     )
     assert benchmark_files(config) == (
-        "sets/math500.parquet", "own.parquet", "./aime", "a/b.parquet",
+        "sets/math500.parquet", "sets/gsm8k_test.parquet", "own.parquet", "./aime", "a/b.parquet",
     )  # fmt: skip

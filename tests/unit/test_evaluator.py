@@ -159,6 +159,13 @@ def test_metrics_by_hand(grader: Grader) -> None:
         "eval/sums/too_large": 0,
         "eval/sums/timeouts": 0,
         "eval/sums/errors": 0,
+        "eval/sums/format_error": pytest.approx(1 / 8),
+        "eval/sums/logic_error": pytest.approx(4 / 8),
+        "eval/sums/ungraded": 0.0,
+        # The one without an answer is the one that was cut off.
+        "eval/sums/format_error_given_not_truncated": 0.0,
+        "eval/sums/correct_given_parsed": pytest.approx(3 / 7),
+        "eval/sums/logic_error_given_parsed": pytest.approx(4 / 7),
         "eval/products/pass@1": 0.0,
         "eval/products/pass@2": 0.0,
         "eval/products/pass@4": 0.0,
@@ -170,6 +177,12 @@ def test_metrics_by_hand(grader: Grader) -> None:
         "eval/products/too_large": 0,
         "eval/products/timeouts": 0,
         "eval/products/errors": 0,
+        "eval/products/format_error": 0.25,
+        "eval/products/logic_error": 0.75,
+        "eval/products/ungraded": 0.0,
+        "eval/products/format_error_given_not_truncated": 0.25,
+        "eval/products/correct_given_parsed": 0.0,
+        "eval/products/logic_error_given_parsed": 1.0,
     }
 
 
