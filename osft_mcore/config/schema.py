@@ -232,6 +232,21 @@ class EvaluationConfig:
     every: int = 0
     """Evaluate after every this many steps; 0: only before and after."""
     before: bool = True
+    mode: Literal["inline", "async"] = "inline"
+    """For `osft train`. `inline`: the ranks that train score, and training waits. `async`: a
+    process of its own scores weights that the run leaves it, and training goes on; same results."""
+    devices: str = ""
+    """Where the process of `async` computes, on rank 0's host: rollout.tp GPUs, as in
+    CUDA_VISIBLE_DEVICES, which no rank uses; on CPU cores, as in 4-7,9, or empty: those of the
+    ranks."""
+    snapshots: str = ""
+    """Folder on rank 0's host for the weights that wait for it, such as /dev/shm; empty:
+    snapshots/ in output_dir."""
+    max_waiting: int = 2
+    """Sets of weights that may be there at once, each as large as the model. An evaluation that is
+    due when there are so many is left out, and the run says so."""
+    wait_minutes: float = 30.0
+    """How long the end of the run waits for scores that are not there yet."""
     num_samples: int = 8
     temperature: float = 1.0
     top_p: float = 1.0

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from osft_mcore.evaluation.measures import (
 )
 from osft_mcore.evaluation.scorers import GradeStatus
 from osft_mcore.evaluation.statistics import Interval, paired_p_value, stratified_ci
+
+METRICS: Final = "metrics"
+"""In a report: what the evaluation adds to the run's metrics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +201,8 @@ def report(evaluation: Evaluation, *, dropped: Mapping[str, int], seed: int) -> 
             source.data_source: _source_report(source, dropped.get(source.data_source, 0), seed)
             for source in evaluation.sources
         },
+        # As evaluations.jsonl has them: whoever writes that may be another process.
+        METRICS: metrics(evaluation),
     }
 
 
