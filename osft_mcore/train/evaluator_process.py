@@ -17,7 +17,7 @@ from osft_mcore.log.run_folder import EVALUATOR_LOG
 from osft_mcore.parallel.world import device_type, variables_of_child
 
 PROGRAM: Final = (sys.executable, "-m", "osft_mcore.cli", "follow")
-LEAVES_S: Final = 10.0
+LEAVES_S: Final = 30.0
 """For an evaluator that has nothing left to do."""
 INTERRUPTED_S: Final = 5.0
 TAIL_BYTES: Final = 4096

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -145,7 +145,9 @@ class AsyncScores:
         """Wait, at most evaluation.wait_minutes; then nothing is left of the snapshots."""
         if not self._leads:
             return
-        announce_end(self.queue)
+        with suppress(OSError):
+            # Else the evaluator does not end by itself, and is ended.
+            announce_end(self.queue)
         limit = 60 * self.config.evaluation.wait_minutes
         began = reminded = time.monotonic()
         with self.scoring.clock("wait"):
@@ -165,7 +167,10 @@ class AsyncScores:
                     self.evaluator.leave()
                 self.evaluator.end()
         self.unscored |= dict.fromkeys(self.pending, why)
-        clear(self.queue)
+        try:
+            clear(self.queue)
+        except OSError as error:
+            self.console.say(f"{self.queue} cannot be removed: {error.strerror}")
 
     def recall(self, step: int, temperature: float) -> Evaluation | None:
         """From the run folder."""
@@ -221,7 +226,8 @@ class AsyncScores:
         row = {"step": step, "temperature": tau, "refusal": refusal}
         self.scoring.folder.append_line(ASKED, row)
         if refusal:
-            withdraw(self.queue, at)
+            with suppress(OSError):
+                withdraw(self.queue, at)
             self.unscored[at] = refusal
             self.console.say(f"step {step}, temperature {tau:g} is not scored: {refusal}")
 
