@@ -8,7 +8,6 @@ from typing import Any
 from osft_mcore.config.schema import (
     AnnealingConfig,
     DataConfig,
-    EvaluationConfig,
     ModelConfig,
     ParallelConfig,
     ReportConfig,
@@ -16,6 +15,7 @@ from osft_mcore.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.data.arithmetic import ArithmeticTask, TinyModel, write_arithmetic
 from osft_mcore.parallel.topology import Topology
 

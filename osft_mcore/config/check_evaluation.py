@@ -5,7 +5,8 @@ from pathlib import Path
 
 from osft_mcore.config.evaluation import benchmark_files, sweep
 from osft_mcore.config.phases import scores, trains
-from osft_mcore.config.schema import SCORERS, EvaluationConfig, Phase, RunConfig
+from osft_mcore.config.schema import Phase, RunConfig
+from osft_mcore.config.schema_evaluation import SCORERS, EvaluationConfig
 
 
 def evaluation_problems(config: RunConfig, phase: Phase) -> Iterator[str]:

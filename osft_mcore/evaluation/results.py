@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from osft_mcore.evaluation.outcomes import Kind, Rate, outcome_of, rates
 from osft_mcore.evaluation.scorers import Grade, GradeStatus
 from osft_mcore.evaluation.statistics import Interval, paired_p_value, ratio_ci, stratified_ci
 from osft_mcore.records import GroundTruth
+
+METRICS: Final = "metrics"
+"""In a report: what the evaluation adds to the run's metrics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +230,8 @@ def report(
             source.data_source: _source_report(source, dropped.get(source.data_source, 0), seed)
             for source in evaluation.sources
         },
+        # As evaluations.jsonl has them: whoever writes that may be another process.
+        METRICS: metrics(evaluation),
     }
 
 

@@ -191,4 +191,4 @@ SCORERS: Mapping[str, Callable[[Sample, ScorerOptions], Draft]] = MappingProxyTy
         "boxed_numeric": boxed_numeric,
     }
 )
-"""The names of config/schema.py; any other is a file's."""
+"""The names of config/schema_evaluation.py; any other is a file's."""

@@ -16,7 +16,7 @@ from typing import Final
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from osft_mcore.errors import NothingLeft, Stopped
-from osft_mcore.parallel.world import OWN_RUN_ID
+from osft_mcore.parallel.world import OWN_RUN_ID, PARENT
 
 GRACEFUL: Final = (signal.SIGTERM, signal.SIGUSR1)
 """Ask a run to save and stop."""
@@ -107,6 +107,7 @@ def _start(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": OWN_RUN_ID,
+        PARENT: str(os.getpid()),
     }
     # Away from the terminal: Ctrl-C there is for the launcher to handle.
     return subprocess.Popen(command, env=environment, start_new_session=True)

@@ -11,7 +11,8 @@ from osft_mcore.config.evaluation import benchmark_files
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.phases import reads_training_data, trains
-from osft_mcore.config.schema import SCORERS, ModelConfig, Phase, RunConfig
+from osft_mcore.config.schema import ModelConfig, Phase, RunConfig
+from osft_mcore.config.schema_evaluation import SCORERS
 from osft_mcore.data.parquet import data_sha256
 from osft_mcore.data.tokenizer import tokenizer_files
 from osft_mcore.weights.fingerprint import weights_fingerprint

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from osft_mcore.actor.actor import Actor
 from osft_mcore.actor.probe import Probe
+from osft_mcore.evaluation.results import METRICS
 from osft_mcore.records import Example, Response
 from osft_mcore.train.step_metrics import perplexity
 
@@ -62,7 +63,10 @@ def with_probes(report: dict[str, Any], probes: Mapping[str, Probe]) -> dict[str
         for source, found in report["benchmarks"].items()
         for probe in [probes.get(source)]
     }
-    return report | {"benchmarks": benchmarks}
+    return report | {
+        "benchmarks": benchmarks,
+        METRICS: report[METRICS] | probe_metrics(probes),
+    }
 
 
 def _figures(probe: Probe) -> dict[str, float]:

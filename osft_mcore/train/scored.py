@@ -99,6 +99,11 @@ def scored_models(config: RunConfig) -> list[Scored]:
     return chosen
 
 
+def steps_kept(run: Path) -> set[int]:
+    """After which steps a run that has ended has the weights; 0: model.path."""
+    return {0} | {scored.step for scored in _left_behind(run)}
+
+
 def check_earlier_scores(config: RunConfig) -> bool:
     """True if output_dir holds scores of the same kind, to go on with; not collective.
 

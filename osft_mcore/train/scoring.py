@@ -12,7 +12,7 @@ from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer
 from osft_mcore.evaluation.evaluator import Evaluator, read_answers
 from osft_mcore.evaluation.grading import Grader
-from osft_mcore.evaluation.results import Answer, Evaluation, metrics, report
+from osft_mcore.evaluation.results import METRICS, Answer, Evaluation, metrics, report
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
@@ -20,7 +20,8 @@ from osft_mcore.parallel.groups import ParallelContext, all_gather_json, wait_fo
 from osft_mcore.records import Response
 from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.inputs import HeldOut
-from osft_mcore.train.probe import first_answers, probe_answers, probe_metrics, with_probes
+from osft_mcore.train.probe import first_answers, probe_answers, with_probes
+from osft_mcore.train.resume import read_json
 from osft_mcore.train.score_files import (
     answers_file,
     portion_file,
@@ -46,7 +47,15 @@ class Scoring:
     num_probed: int = 0
 
     def score(self, step: int, temperature: float) -> Evaluation | None:
-        """Score the held-out problems; the result is on the grading rank only. Collective."""
+        """Score the held-out problems, tell and keep what is found; None on ranks that do not
+        grade. Collective."""
+        found = self.answer(step, temperature)
+        if found is not None:
+            self.tell_answered(step, temperature)
+        return found
+
+    def answer(self, step: int, temperature: float) -> Evaluation | None:
+        """The same without telling: for a process whose files another one tells of. Collective."""
         answers: list[Answer] = []
         first: list[Response] = []
         with self.clock("evaluate"):
@@ -103,9 +112,9 @@ class Scoring:
         """The evaluation that `portions` have made, or an earlier start; not collective."""
         if not self.folder.writer:
             return None
-        if (found := self.recall(step, temperature)) is not None:
-            self._tell(found)
-        else:
+        found = self.recall(step, temperature)
+        known = found is not None
+        if found is None:
             answers = [
                 answer
                 for number in range(self.evaluator.num_portions(temperature))
@@ -114,6 +123,8 @@ class Scoring:
                 )
             ]
             found = self.keep(step, temperature, answers)
+        assert found is not None, "this rank writes"
+        self.tell(step, temperature, metrics(found), quietly=known)
         shutil.rmtree(self.folder.path / portions_folder(step, temperature), ignore_errors=True)
         return found
 
@@ -137,22 +148,29 @@ class Scoring:
         rows = map(dataclasses.asdict, evaluation.answers)
         # After the result: where the answers are, that is too.
         self.folder.write_lines(answers_file(step, temperature), rows)
-        self._tell(evaluation, probes)
-        self.console.say(
-            f"step {step}, temperature {temperature:g}: pass@1 {evaluation.pass_at_1:.1%}"
-        )
         return evaluation
 
-    def _tell(
-        self, evaluation: Evaluation, probes: Mapping[str, Probe] = MappingProxyType({})
+    def tell(
+        self, step: int, temperature: float, found: Mapping[str, float], *, quietly: bool = False
     ) -> None:
-        """One line of metrics, unless a start that was killed here has written it."""
-        at = (evaluation.step, evaluation.temperature)
+        """A line on the console, unless `quietly`, and one of metrics, unless a start that was
+        killed here has written it; on the rank that grades."""
         told = self.folder.read_lines("evaluations.jsonl")
-        if at not in ((row.get("step"), row.get("eval/temperature")) for row in told):
-            self.metrics.write_evaluation(
-                evaluation.step, metrics(evaluation) | probe_metrics(probes)
-            )
+        rows = ((row.get("step"), row.get("eval/temperature")) for row in told)
+        if (step, temperature) not in rows:
+            self.metrics.write_evaluation(step, found)
+        if not quietly:
+            score = found["eval/pass_at_1"]
+            self.console.say(f"step {step}, temperature {temperature:g}: pass@1 {score:.1%}")
+
+    def tell_answered(self, step: int, temperature: float) -> bool:
+        """Tell of an evaluation that this process or another one kept; False if it is not there."""
+        if not (self.folder.path / answers_file(step, temperature)).is_file():
+            return False
+        # Small, unlike the answers: nothing waits while all of them are read.
+        found = read_json(self.folder.path / result_file(step, temperature))
+        self.tell(step, temperature, found[METRICS])
+        return True
 
     def recall(self, step: int, temperature: float) -> Evaluation | None:
         """What was found before, as the run folder keeps it; not collective.

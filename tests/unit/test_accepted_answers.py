@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_evaluator import ScriptedEngine, decode
 
-from osft_mcore.config.schema import EvaluationConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.data.arithmetic import TinyModel, write_model_folder
 from osft_mcore.data.problems import load_problems
 from osft_mcore.data.tokenizer import load_tokenizer

@@ -3,7 +3,8 @@
 import pytest
 
 from osft_mcore.config.evaluation import benchmark_files, sweep, temperatures
-from osft_mcore.config.schema import DataConfig, EvaluationConfig, RunConfig
+from osft_mcore.config.schema import DataConfig, RunConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 from torch import Tensor
 
-from osft_mcore.config.schema import EvaluationConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.errors import DataError, GradingError
 from osft_mcore.evaluation.evaluator import EVALUATION_SEED_OFFSET, Evaluator, read_answers
 from osft_mcore.evaluation.grading import Grader

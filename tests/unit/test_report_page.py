@@ -264,6 +264,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         assert f"{told}: cannot be read" in text
 
 
+def test_evaluations_that_did_not_come_are_counted(tmp_path: Path) -> None:
+    lacking = [{"step": step, "temperature": 1.0, "reason": "ended"} for step in (2, 4)]
+    unscored = {"steps": 4, "gain": None, "gain_ci95": None, "unscored": lacking}
+    assert (
+        "evaluations that are missing 2"
+        in shown(write_run(tmp_path / "run", summary=unscored)).text
+    )
+    assert "evaluations that are missing" not in shown(write_run(tmp_path / "other")).text
+
+
 def test_interruptions_and_skipped_updates(tmp_path: Path) -> None:
     first = {"started": "earlier", "host": "host-zero", "world_size": 4}
     again = MANIFEST | {

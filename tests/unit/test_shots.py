@@ -15,7 +15,8 @@ import pytest
 from osft_mcore.config.check_evaluation import absent_evaluation_files, evaluation_problems
 from osft_mcore.config.evaluation import benchmark_files
 from osft_mcore.config.load import as_options
-from osft_mcore.config.schema import DataConfig, EvaluationConfig, ModelConfig, RunConfig
+from osft_mcore.config.schema import DataConfig, ModelConfig, RunConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.data.arithmetic import TinyModel, write_model_folder
 from osft_mcore.data.shots import Shots, choose_shots
 from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
