@@ -27,15 +27,25 @@ from osft_mcore.parallel.world import (
     launched_rank,
     launched_world_size,
     local_rank,
+    local_world_size,
+    started_by_a_run,
     started_by_own_launcher,
     started_by_torchrun,
+    stay_on_cores,
+    usable_cores,
+    visible_gpus,
 )
 from osft_mcore.report import command as report_command
 
 if TYPE_CHECKING:
+    from osft_mcore.config.check_async import Host
     from osft_mcore.config.schema import Phase, RunConfig
+    from osft_mcore.evaluation.harness import Backend, Harness
     from osft_mcore.log.console import Console
     from osft_mcore.parallel.groups import ParallelContext
+
+FOLLOW = "follow"
+"""The command of the process that evaluation.mode=async starts."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "report":
             report_command.run_report(arguments)
             return 0
+        if arguments.command == FOLLOW:
+            return _follow(given, arguments.run)
         return _run(given, arguments)
     except OsftError as error:
         return _report(error)
@@ -64,6 +76,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     phase: Phase = arguments.command
     check_launch_environment()
     world_size = launched_world_size()
+    harness = _harness(arguments)
     checks = partial(
         check,
         world_size=world_size,
@@ -71,6 +84,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
         device=device_type(),
         need_files=not arguments.dry_run,
         known=partial(known_shape, config_dir=arguments.config_dir),
+        host=None if arguments.dry_run else _host(),
     )
     try:
         config = _load(arguments.overrides, arguments)
@@ -86,13 +100,88 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     if not started_by_own_launcher():
         from osft_mcore.train.preflight import input_errors
 
-        if errors := input_errors(config, phase):
+        errors = input_errors(config, phase)
+        if harness is not None:
+            return _score_with_harness(given, config, harness, errors, topology.world_size)
+        if errors:
             return _report(*errors)
     if world_size is None:
         from osft_mcore.parallel.launch import launch
 
         return launch(given, num_processes=topology.world_size)
-    _run_rank(config, phase, topology)
+    _run_rank(config, topology, partial(_run_phase, config, phase))
+    return 0
+
+
+def _follow(given: Sequence[str], run: Path) -> int:
+    """The evaluator of a run that trains, which has started it and has checked the options."""
+    if not started_by_a_run():
+        raise ConfigError(
+            f"{FOLLOW}: `osft train` starts it (evaluation.mode=async); by hand use "
+            "`osft evaluate --run`"
+        )
+    end_with_parent()
+    from osft_mcore.config.evaluation import cores, of_evaluator
+    from osft_mcore.config.load import load_config
+
+    config = of_evaluator(load_config([], run))
+    topology = topology_of(config.parallel, rollout_tp=config.rollout.tp)
+    if launched_world_size() is None:
+        from osft_mcore.parallel.launch import launch
+
+        # What started the run may have been told to ignore it; the run ends this process so.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if device_type() == "cpu":
+            stay_on_cores(cores(config.evaluation.devices))
+        return launch(given, num_processes=topology.world_size)
+
+    def follow(context: "ParallelContext", console: "Console") -> None:
+        from osft_mcore.train.follow import run_follow
+        from osft_mcore.train.vllm import build_engine
+
+        run_follow(config, context, console, build_engine)
+
+    _run_rank(config, topology, follow)
+    return 0
+
+
+def _harness(arguments: argparse.Namespace) -> "Harness | None":
+    """What --lm-eval asks for, if it is there."""
+    tasks: str | None = getattr(arguments, "lm_eval", None)
+    if tasks is None:
+        if getattr(arguments, "lm_eval_args", None):
+            raise ConfigError("--lm-eval-args: they are for --lm-eval, which is not there")
+        return None
+    from osft_mcore.evaluation.harness import parse_harness
+
+    if launched_world_size() is not None and not started_by_own_launcher():
+        raise ConfigError(
+            "--lm-eval: the harness runs when the ranks have ended; start osft itself, without a "
+            "launcher such as torchrun"
+        )
+    usual: Backend = "vllm" if device_type() == "cuda" else "hf"
+    return parse_harness(tasks, arguments.lm_eval_args, usual=usual)
+
+
+def _score_with_harness(
+    given: Sequence[str],
+    config: "RunConfig",
+    harness: "Harness",
+    errors: Sequence[OsftError],
+    num_processes: int,
+) -> int:
+    """Score first, if that is not done, with ranks that end; then run the harness."""
+    from osft_mcore.log.console import Console
+    from osft_mcore.parallel.launch import launch
+    from osft_mcore.train.harness import harness_errors, run_harness
+
+    is_scored = any(isinstance(error, NothingLeft) for error in errors)
+    others = [error for error in errors if not isinstance(error, NothingLeft)]
+    if others := [*others, *harness_errors(config, harness)]:
+        return _report(*others)
+    if not is_scored and (code := launch(given, num_processes=num_processes)):
+        return code
+    run_harness(config, harness, Console(enabled=True, progress=config.logging.progress))
     return 0
 
 
@@ -159,12 +248,28 @@ def _parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             text = "score this run's checkpoints, with the options that it had; into RUN/scores"
             command.add_argument("--run", type=Path, help=text)
+            text = "then run tasks of lm-evaluation-harness: names or .yaml files, with commas"
+            command.add_argument("--lm-eval", metavar="TASKS", help=text)
+            text = "for the harness, as one text, as in '--num_fewshot 4 --limit 100'"
+            command.add_argument("--lm-eval-args", metavar="ARGS", default="", help=text)
         command.add_argument("overrides", nargs="*", metavar="option=value")
+    # Without a help text it is not listed: nobody has to call it.
+    commands.add_parser(FOLLOW).add_argument("run", type=Path)
     text = "what is installed here, and which kernel would compute what"
     commands.add_parser("doctor", help=text, description=text)
     text = report_command.HELP
     report_command.add_arguments(commands.add_parser("report", help=text, description=text))
     return parser
+
+
+def _host() -> "Host | None":
+    """What evaluation.devices may name; None on hosts other than rank 0's."""
+    from osft_mcore.config.check_async import Host
+
+    if launched_rank() >= local_world_size():
+        return None
+    num_ranks = None if launched_world_size() is None else local_world_size()
+    return Host(cores=usable_cores(), gpus=visible_gpus(), num_ranks=num_ranks)
 
 
 def _doctor() -> int:
@@ -202,7 +307,11 @@ def _plan(config: "RunConfig", phase: "Phase", topology: Topology, config_dir: P
     return plan
 
 
-def _run_rank(config: "RunConfig", phase: "Phase", topology: Topology) -> None:
+def _run_rank(
+    config: "RunConfig",
+    topology: Topology,
+    run: 'Callable[["ParallelContext", "Console"], None]',
+) -> None:
     """The program of one rank. Leaves the process at once on an error, so that no peer waits."""
     # A rank inside a collective would not see Python's own handler until the collective ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -214,10 +323,12 @@ def _run_rank(config: "RunConfig", phase: "Phase", topology: Topology) -> None:
 
     try:
         limits = dataclasses.asdict(config.deadlines)
+        # It has a limit of its own, and ends by itself.
+        limits["wait"] = config.evaluation.wait_minutes + limits["start"]
         world = parallel_context(topology, timeout_minutes=limits["start"], deadlines=limits)
         with world as context:
             console = Console(enabled=context.rank == 0, progress=config.logging.progress)
-            _run_phase(config, phase, context, console)
+            run(context, console)
     except OsftError as error:
         _leave(_report(error))
     except BaseException:

@@ -57,10 +57,16 @@ class CheckpointError(OsftError):
     exit_code = 8
 
 
+class HarnessError(OsftError):
+    """lm-evaluation-harness ended without results."""
+
+    exit_code = 9
+
+
 class DeadlinePassed(OsftError):
     """A phase took longer than deadlines.* allows."""
 
-    exit_code = 9
+    exit_code = 10
 
 
 class Stopped(OsftError):

@@ -1,6 +1,20 @@
 """The plain values that travel between the phases of a step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+GroundTruth = str | tuple[str, ...]
+"""An expected answer, or several of which one has to be met."""
+
+
+def ground_truth_of(kept: str | Sequence[str]) -> GroundTruth:
+    """As a file gives it back, which has no tuples."""
+    return kept if isinstance(kept, str) else tuple(map(str, kept))
+
+
+def listed(golds: GroundTruth) -> list[str]:
+    """For a column of lists."""
+    return [golds] if isinstance(golds, str) else list(golds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +37,7 @@ class Prompt:
     text: str
     """The rendered prompt, chat template applied."""
     token_ids: tuple[int, ...]
-    ground_truth: str
+    ground_truth: GroundTruth
     messages: tuple[Message, ...] = ()
     """What `text` was rendered from."""
 

@@ -40,6 +40,7 @@ from osft_mcore.rollout.vllm_cpu import prepare_environment
 from osft_mcore.rollout.vllm_engine import VllmEngine
 from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.loop import OsftLoop
+from osft_mcore.train.scores import InlineScores
 from osft_mcore.train.vllm import build_engine
 from osft_mcore.weights.sync import WeightSync
 
@@ -150,7 +151,7 @@ def bare_loop(
         actor=actor,
         engine=engine,
         sync=sync,
-        scoring=None,
+        scores=InlineScores(None),
         decode=str,
         folder=folder,
         metrics=MetricsLog(folder, config.logging, {}),

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from osft_mcore.actor.batching import MicroBatch, micro_batches
+from osft_mcore.actor.forward_only import token_figures
 from osft_mcore.actor.megatron_layout import actor_layouts, named_parameters
 from osft_mcore.actor.offload import ActorMemory
 from osft_mcore.actor.optimizer import (
@@ -20,6 +21,7 @@ from osft_mcore.actor.optimizer import (
     take_step,
     wrap_data_parallel,
 )
+from osft_mcore.actor.probe import Probe, filled_up, probe_of
 from osft_mcore.actor.reference import Reference
 from osft_mcore.actor.response_loss import response_loss
 from osft_mcore.actor.restore import restore
@@ -185,6 +187,25 @@ class Actor:
             parts = self._forward_backward(examples, split, taus, forward_only=True)
         return self._result(parts, examples, split, grad_norm=0.0)
 
+    def probe(self, examples: Sequence[Example], *, tau: float) -> Probe:
+        """How sure the model is of any number of answers, at temperature `tau`; trains nothing."""
+        topology, train = self.context.topology, self.train
+        unit = topology.dp * topology.micro_batch_group
+        if train.max_tokens_per_micro_batch is None:
+            unit *= train.micro_batch_size
+        filled = filled_up(examples, unit)
+        self._memory.fetch_weights()
+        batches = self._micro_batches(filled, self._split(filled))
+        parts = token_figures(
+            self.chunks,
+            batches,
+            self.context,
+            tau=tau,
+            vocab=self.shape.vocab,
+            sequence_parallel=self.sequence_parallel,
+        )
+        return probe_of(parts, [batch.weights_T > 0 for batch in batches], self.context)
+
     def _taus(self, tau_train: float | None, tau_sample: float) -> "_Temperatures":
         if tau_train is None:
             assert not self.algorithm.follow_tau_sample, "the step's tau_sample is not known here"
@@ -239,14 +260,8 @@ class Actor:
             with_kl=self.reference is not None,
         )
 
-    def _forward_backward(
-        self,
-        examples: Sequence[Example],
-        split: Split,
-        taus: "_Temperatures",
-        *,
-        forward_only: bool,
-    ) -> list[Sums]:
+    def _micro_batches(self, examples: Sequence[Example], split: Split) -> list[MicroBatch]:
+        """What this rank computes of them."""
         topology, place = self.context.topology, self.context.coordinates
         whole = micro_batches(
             examples,
@@ -256,7 +271,17 @@ class Actor:
             algorithm=self.algorithm,
             max_response_tokens=self.max_response_tokens,
         )
-        batches = [batch.share(cp=topology.cp, cp_rank=place.cp_rank) for batch in whole]
+        return [batch.share(cp=topology.cp, cp_rank=place.cp_rank) for batch in whole]
+
+    def _forward_backward(
+        self,
+        examples: Sequence[Example],
+        split: Split,
+        taus: "_Temperatures",
+        *,
+        forward_only: bool,
+    ) -> list[Sums]:
+        batches = self._micro_batches(examples, split)
         if self.reference is not None:
             batches = self.reference.score(batches, tau=taus.train)
         parts: list[Sums] = get_forward_backward_func()(

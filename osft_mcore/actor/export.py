@@ -27,7 +27,8 @@ def export_hf(
     """Write `folder` as a whole: it appears under its name when every file is complete.
 
     `card` becomes README.md; the base model's own is BASE_MODEL_README.md. Every rank must call;
-    rank 0 writes, and holds at most `max_shard_bytes` of tensors at a time, or the largest one.
+    rank 0 writes, and holds at most `max_shard_bytes` of tensors at a time, or the largest one. It
+    raises OSError if the folder cannot be written, and leaves nothing of it; the others return.
     """
     target = Path(folder)
     building = target.with_name(target.name + ".tmp")
@@ -36,6 +37,28 @@ def export_hf(
         for _ in tensors:
             pass
         return
+    try:
+        _write(actor, building, tensors, max_shard_bytes=max_shard_bytes, card=card)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(building, target)
+        flush(target.parent)
+    except OSError:
+        shutil.rmtree(building, ignore_errors=True)
+        # The others are in the middle of sending, and would wait for this rank.
+        for _ in tensors:
+            pass
+        raise
+
+
+def _write(
+    actor: Actor,
+    building: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int,
+    card: str | None,
+) -> None:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     files = save_hf(
@@ -54,10 +77,6 @@ def export_hf(
         files[name] = write_file(path, [content])
         flush(path.parent)
     write_manifest(building, files, {})
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(building, target)
-    flush(target.parent)
 
 
 def _gather(

@@ -3,23 +3,19 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from osft_mcore.actor.batching import MicroBatch
+from osft_mcore.actor.forward_only import token_figures
 from osft_mcore.actor.megatron_layout import actor_layouts, named_parameters
-from osft_mcore.actor.response_loss import response_loss
 from osft_mcore.actor.start_weights import load_start_weights
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import ModelConfig, ParallelConfig
 from osft_mcore.errors import WeightError
-from osft_mcore.model.build import build_chunks, output_weight
+from osft_mcore.model.build import build_chunks
 from osft_mcore.model.kernels import uses_transformer_engine
-from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.weights.finite import non_finite
 
@@ -75,49 +71,21 @@ class Reference:
         Every rank must call, alike. Those of ranks outside of the last pipeline stage, which
         compute no loss, stay as they are.
         """
-        with self._on_device(), megatron_device(), torch.no_grad():
-            logprobs: list[Tensor] = get_forward_backward_func()(
-                forward_step_func=partial(self._forward, tau=tau),
-                data_iterator=[iter(batches) for _ in self._chunks],
-                model=self._chunks,
-                num_microbatches=len(batches),
-                # Nominal, as for the actor.
-                seq_length=batches[0].tokens_BS.shape[1],
-                micro_batch_size=batches[0].tokens_BS.shape[0],
-                forward_only=True,
+        with self._on_device():
+            found = token_figures(
+                self._chunks,
+                batches,
+                self._context,
+                tau=tau,
+                vocab=self._shape.vocab,
+                sequence_parallel=self._sequence_parallel,
             )
-        if not logprobs:
+        if not found:
             return list(batches)
         return [
-            replace(batch, reference_logprobs_T=found_T)
-            for batch, found_T in zip(batches, logprobs, strict=True)
+            replace(batch, reference_logprobs_T=figures.logprobs_train_T)
+            for batch, figures in zip(batches, found, strict=True)
         ]
-
-    def _forward(
-        self, batches: Iterator[MicroBatch], model: Any, *, tau: float
-    ) -> tuple[Tensor, Any]:
-        batch = next(batches).to(self._context.device)
-        return batch.forward(model), partial(self._logprobs, batch, tau)
-
-    def _logprobs(
-        self, batch: MicroBatch, tau: float, hidden_BSH: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        found = response_loss(
-            hidden_BSH,
-            output_weight(self._chunks[-1]),
-            batch,
-            # Nothing is minimised here.
-            lambda logprobs_C, _entropy_C, _rows: torch.zeros_like(logprobs_C),
-            tau_train=tau,
-            tau_sample=tau,
-            vocab=self._shape.vocab,
-            tp_group=self._context.tp_group,
-            sequence_parallel=self._sequence_parallel,
-        )
-        num_tokens = torch.tensor(
-            batch.targets_T.numel(), dtype=torch.int, device=hidden_BSH.device
-        )
-        return found.loss, num_tokens, found.logprobs_train_T
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

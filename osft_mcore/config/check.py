@@ -12,6 +12,7 @@ from osft_mcore.config.check_algorithm import (
     algorithm_problems,
     reference_problems,
 )
+from osft_mcore.config.check_async import Host, async_problems
 from osft_mcore.config.check_batches import batch_problems
 from osft_mcore.config.check_evaluation import absent_evaluation_files, evaluation_problems
 from osft_mcore.config.divide import divides, divisors, listed, tensor_parallel_problems
@@ -39,13 +40,14 @@ def check(
     shape: ModelShape | None = None,
     need_files: bool = True,
     known: Callable[[str], ModelShape | None] = _unknown,
+    host: Host | None = None,
 ) -> None:
     """Raise one ConfigError with every combination that cannot work.
 
     `world_size` None: not started yet, parallel.tp * cp * pp * dp is taken. `shape` None: read from
     model.path. `need_files` False: what is in `absent_files` is no problem, and `known` is asked
-    for the shape of a model that is not here. Reads nothing else but whether files exist; the same
-    answer on every rank.
+    for the shape of a model that is not here. `host` None: which cores and GPUs there are is not
+    known. Reads nothing else but whether files exist; the same answer on every rank of a host.
     """
     problems = [
         *_numbers(config),
@@ -53,6 +55,7 @@ def check(
         *(_absent_inputs(config, phase) if need_files else ()),
         *_world(config, world_size),
         *evaluation_problems(config, phase),
+        *(async_problems(config, device, host) if phase == "train" else ()),
         *_optional_parts(config, phase),
     ]
     if trains(phase):
@@ -143,6 +146,7 @@ def _sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
         ("evaluation.num_samples", config.evaluation.num_samples),
         ("evaluation.portion", config.evaluation.portion),
         ("evaluation.grader_workers", config.evaluation.grader_workers),
+        ("evaluation.max_waiting", config.evaluation.max_waiting),
         ("checkpoint.keep_last", config.checkpoint.keep_last),
         ("checkpoint.max_failures", config.checkpoint.max_failures),
         ("sync.bucket_mib", config.sync.bucket_mib),
@@ -189,8 +193,11 @@ def _non_negative(config: RunConfig) -> Iterable[tuple[str, float]]:
         ("train.weight_decay", config.train.weight_decay),
         ("train.clip_grad", config.train.clip_grad),
         ("evaluation.every", config.evaluation.every),
+        ("evaluation.probe", config.evaluation.probe),
         ("evaluation.temperature", config.evaluation.temperature),
+        ("evaluation.shots", config.evaluation.shots),
         ("evaluation.overlong_buffer_tokens", config.evaluation.overlong_buffer_tokens),
+        ("evaluation.wait_minutes", config.evaluation.wait_minutes),
         *(("evaluation.baseline_temperatures", t) for t in config.evaluation.baseline_temperatures),
         *(("evaluation.steps", step) for step in config.evaluation.steps),
         ("checkpoint.every", config.checkpoint.every),

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from osft_mcore.config.evaluation import benchmark_files, sweep
 from osft_mcore.config.phases import scores, trains
-from osft_mcore.config.schema import SCORERS, EvaluationConfig, Phase, RunConfig
+from osft_mcore.config.schema import Phase, RunConfig
+from osft_mcore.config.schema_evaluation import SCORERS, EvaluationConfig
 
 
 def evaluation_problems(config: RunConfig, phase: Phase) -> Iterator[str]:
@@ -36,7 +37,26 @@ def evaluation_problems(config: RunConfig, phase: Phase) -> Iterator[str]:
                 yield f"evaluation.{option}: it is for osft evaluate; leave it out"
     elif evaluation.steps and not evaluation.run:
         yield "evaluation.steps: they are of a run; set evaluation.run as well (or --run)"
+    yield from _shots(evaluation)
     yield from _scoring(evaluation, config.rollout.max_response_tokens)
+
+
+def _shots(evaluation: EvaluationConfig) -> Iterator[str]:
+    if evaluation.shots and not evaluation.shots_file:
+        yield (
+            f"evaluation.shots: found {evaluation.shots}, but evaluation.shots_file is empty; name "
+            "a file of prompts and responses, or set evaluation.shots=0"
+        )
+    if evaluation.shots and not evaluation.files:
+        yield (
+            f"evaluation.shots: found {evaluation.shots}, but evaluation.files is empty; name the "
+            "problems that they are for, or set evaluation.shots=0"
+        )
+    if evaluation.shots_file and not evaluation.shots:
+        yield (
+            f"evaluation.shots_file: found {evaluation.shots_file!r}, but evaluation.shots is 0; "
+            "say how many examples to take from it, or leave it out"
+        )
 
 
 def _scoring(evaluation: EvaluationConfig, max_response_tokens: int) -> Iterator[str]:
@@ -74,6 +94,9 @@ def absent_evaluation_files(config: RunConfig, phase: Phase) -> Iterator[str]:
         if not Path(file).is_file():
             found = f"{file!r}" if name == file else f"{name!r} is {file!r} (data.folder), which"
             yield f"evaluation.files: {found} is not a file; expected parquet files"
+    shots = config.evaluation.shots_file
+    if shots and not Path(shots).is_file():
+        yield f"evaluation.shots_file: {shots!r} is not a file; expected parquet or jsonl"
     path = config.evaluation.scorer.rpartition(":")[0]
     if path.endswith(".py") and not Path(path).is_file():
         yield f"evaluation.scorer: {path!r} is not a file; expected a Python file with a function"

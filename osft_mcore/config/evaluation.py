@@ -4,18 +4,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
-from osft_mcore.config.schema import EvaluationConfig, RunConfig
+from osft_mcore.config.schema import ParallelConfig, RunConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 
+SPLITS: Final = MappingProxyType({"gsm8k": "gsm8k_test"})
+"""Benchmarks whose file is one of several that tools/prepare_data.py writes."""
 MAX_SWEEP: Final = 100
 """Temperatures; more are a mistake in the step."""
 
 
 def benchmark_files(config: RunConfig) -> tuple[str, ...]:
-    """The files of evaluation.files: a bare name is data.folder/<name>.parquet."""
+    """The files of evaluation.files: a bare name is data.folder/<name>.parquet, but see SPLITS."""
     return tuple(
-        str(Path(config.data.folder) / f"{name}.parquet") if _is_name(name) else name
+        str(Path(config.data.folder) / f"{SPLITS.get(name, name)}.parquet")
+        if _is_name(name)
+        else name
         for name in config.evaluation.files
     )
 
@@ -34,6 +40,15 @@ def of_run(config: RunConfig, run: Path, overrides: Sequence[str]) -> RunConfig:
     if "evaluation.run" not in given:
         config = replace(config, evaluation=replace(config.evaluation, run=str(run)))
     return config
+
+
+def of_evaluator(config: RunConfig) -> RunConfig:
+    """The options of a run, for the process of evaluation.mode=async beside it.
+
+    It has the ranks of one rollout engine, and speaks to no tracker.
+    """
+    ranks = ParallelConfig(dp=config.rollout.tp)
+    return replace(config, parallel=ranks, logging=replace(config.logging, wandb=False))
 
 
 def _is_name(file: str) -> bool:
@@ -60,6 +75,39 @@ def sweep(text: str) -> tuple[float, ...]:
     if abs(count - round(count)) > 1e-6:
         raise ValueError(f"found {text!r}, but steps of {step:g} from {first:g} miss {last:g}")
     return tuple(round(first + number * step, 10) for number in range(round(count) + 1))
+
+
+def gpus(text: str) -> tuple[str, ...]:
+    """The GPUs of evaluation.devices; () for none."""
+    return tuple(name.strip() for name in text.split(",")) if text else ()
+
+
+def cores(text: str) -> tuple[int, ...]:
+    """The CPU cores of evaluation.devices, `4-7,9`; () for none.
+
+    Raises ValueError that says what was expected.
+    """
+    found: list[int] = []
+    for part in text.split(",") if text else ():
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        numbers = first.isdecimal() and (last.isdecimal() or not dash)
+        if not numbers or int(last or first) < int(first):
+            raise ValueError(f"found {text!r}, expected numbers of CPU cores, as in 4-7,9")
+        found += range(int(first), int(last or first) + 1)
+    if len(set(found)) != len(found):
+        raise ValueError(f"found {text!r}, expected different CPU cores, as in 4-7,9")
+    return tuple(found)
+
+
+def start_temperatures(evaluation: EvaluationConfig) -> tuple[float, ...]:
+    """What `osft train` scores the starting model at, evaluation.temperature first; may be ()."""
+    asked = (evaluation.temperature, *evaluation.baseline_temperatures)
+    return tuple(dict.fromkeys(asked)) if evaluation.before else ()
+
+
+def due(every: int, step: int) -> bool:
+    """True on every `every`-th step; never for 0."""
+    return every > 0 and step % every == 0
 
 
 def temperatures(evaluation: EvaluationConfig, *, baseline: bool) -> tuple[float, ...]:

@@ -6,6 +6,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, with_config
 
+from osft_mcore.config.schema_evaluation import EvaluationConfig
+
 Phase = Literal["train", "sft", "generate", "evaluate"]
 """Which command: `osft train` samples the answers that it learns, to `osft sft` they are given,
 `osft generate` only samples them, and `osft evaluate` only scores. See config/phases.py."""
@@ -20,9 +22,6 @@ MAX_LOGPROB_DIFF: Final = MappingProxyType({"fp32": 1e-3, "bf16": 2.0})
 MEAN_LOGPROB_DIFF: Final = MappingProxyType({"fp32": 1e-4, "bf16": 0.05})
 """`SyncConfig` where it leaves them to the dtype, in nats. One bf16 rounding moves a single rare
 token by whole tenths, so in bf16 the mean is the sharp criterion."""
-
-SCORERS: Final = ("boxed_math", "boxed_math_fast", "boxed_numeric", "gsm8k", "answer_line")
-"""See `EvaluationConfig.scorer`."""
 
 
 @with_config(extra="forbid")
@@ -212,56 +211,6 @@ class DataConfig:
     chat_template: str | None = None
     """File with a Jinja chat template; None: the tokenizer's own. Not for prompts that are token
     ids."""
-
-
-@with_config(extra="forbid")
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationConfig:
-    """Scoring on held-out problems."""
-
-    files: tuple[str, ...] = ()
-    """Parquet files in the schema of the training prompts, or names of benchmarks in data.folder.
-    Empty: no evaluation."""
-    run: str = ""
-    """For `osft evaluate`: score the checkpoints of this run, in the order of their steps, and the
-    model that it began with; empty: score model.path."""
-    steps: tuple[int, ...] = ()
-    """Of evaluation.run, only the weights after these steps; 0 is what it began with."""
-    every: int = 0
-    """Evaluate after every this many steps; 0: only before and after."""
-    before: bool = True
-    num_samples: int = 8
-    temperature: float = 1.0
-    top_p: float = 1.0
-    baseline_temperatures: tuple[float, ...] = ()
-    """Other temperatures for the starting model; its best one is the baseline to beat. For
-    `osft evaluate` without evaluation.run that is the model which it scores."""
-    sweep: str = ""
-    """For `osft evaluate`: `first:last:step`, more temperatures for every model, both ends among
-    them, as in 0:1.6:0.1."""
-    portion: int = 2048
-    """Answers that are sampled, graded and kept together, whole problems at a time: while one
-    portion is graded the next one is sampled, and `osft evaluate` goes on after the last one."""
-    max_problems: int | None = None
-    """Use only the first this many problems of each file."""
-    scorer: str = "boxed_math"
-    """What a response is worth; a score above 0 is correct. `boxed_math`: the last box, by spelling
-    and algebra. `boxed_math_fast`: the same without math-verify, so that sets, lists, percentages
-    and fractions have to be written like the ground truth. `boxed_numeric`: the last box, numbers
-    only. `gsm8k`: the last `#### x`, as it stands. `answer_line`: the last `Answer:` line, 1 or -1.
-    Or `path/to/file.py:function`, called in a grading worker with the response, the ground truth
-    and the number of response tokens; it returns a number."""
-    grader_timeout_s: float = 5.0
-    """Wall-clock limit for grading one answer."""
-    grader_memory_gib: float = 1.0
-    """Address space of a grading worker; a scorer that imports much needs more."""
-    grader_workers: int = 1
-    max_ungraded_share: float = 0.05
-    """The run fails if grading took too long or failed for a larger share of an evaluation's
-    answers. Up to it they are counted, and are not correct."""
-    overlong_buffer_tokens: int = 0
-    """For answer_line: a response that gets nearer than this to rollout.max_response_tokens loses
-    score, up to 1 in a straight line; 0: none does."""
 
 
 @with_config(extra="forbid")

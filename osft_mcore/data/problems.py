@@ -15,8 +15,9 @@ from osft_mcore.data.parquet import (
     read_table,
     to_messages,
 )
+from osft_mcore.data.shots import Shots
 from osft_mcore.data.tokenizer import ChatTokenizer
-from osft_mcore.records import Prompt
+from osft_mcore.records import GroundTruth, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +45,13 @@ def load_problems(
     max_prompt_tokens: int,
     option: str,
     limit: int | None = None,
+    shots: Shots | None = None,
 ) -> Problems:
-    """Read, render and tokenise the first `limit` rows of a parquet file.
+    """Read, render and tokenise the first `limit` rows of a parquet file, `shots` before each.
 
-    Columns: `prompt_key` (text or messages), `data_source`, `reward_model.ground_truth` and,
-    optionally, `id`. Prompt.row is the row in the file, whatever is dropped.
+    Columns: `prompt_key` (text or messages), `data_source`, `reward_model.ground_truth` (text, a
+    number, or a list of accepted ones) and, optionally, `id`. Prompt.row is the row in the file,
+    whatever is dropped.
     Raises DataError that names `option`, the file, and every kind of fault.
     """
     source = DataFile(path=Path(file), option=option)
@@ -64,6 +67,8 @@ def load_problems(
             messages = to_messages(
                 record[prompt_key], system_prompt=system_prompt, prompt_suffix=prompt_suffix
             )
+            if shots is not None:
+                messages = shots.before(messages)
             prompt = _prompt(row, record, *tokenizer.render(messages))
             prompts.append(replace(prompt, messages=tuple(messages)))
         except ValueError as reason:
@@ -72,9 +77,10 @@ def load_problems(
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens]
     if not kept:
         shortest = min(len(prompt.token_ids) for prompt in prompts)
+        examples = f", with {len(shots.rows)} examples (evaluation.shots)" if shots else ""
         raise source.error(
             f"all {len(prompts)} prompts are longer than rollout.max_prompt_tokens = "
-            f"{max_prompt_tokens}; the shortest has {shortest} tokens"
+            f"{max_prompt_tokens}; the shortest has {shortest} tokens{examples}"
         )
     return Problems(
         file=source.path,
@@ -108,13 +114,24 @@ def _prompt(row: int, record: dict[str, Any], text: str, token_ids: tuple[int, .
     )
 
 
-def _ground_truth(reward_model: dict[str, Any] | None) -> str:
+def _ground_truth(reward_model: dict[str, Any] | None) -> GroundTruth:
+    """Of several accepted answers all; a list of one is that one."""
     truth = None if reward_model is None else reward_model["ground_truth"]
+    if not isinstance(truth, list):
+        return _accepted(truth)
+    if not truth:
+        raise ValueError("no reward_model.ground_truth")
+    golds = tuple(map(_accepted, truth))
+    return golds[0] if len(golds) == 1 else golds
+
+
+def _accepted(truth: Any) -> str:
     if truth is None or truth != truth or str(truth).strip() == "":
         raise ValueError("no reward_model.ground_truth")
     if isinstance(truth, bool) or not isinstance(truth, str | int | float):
         raise ValueError(
-            f"reward_model.ground_truth is a {type(truth).__name__}, expected text or a number"
+            f"reward_model.ground_truth is a {type(truth).__name__}, expected text, a number or a "
+            "list of these"
         )
     return str(truth)
 

@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from osft_mcore.data.parquet import DataFile, RowProblems
 from osft_mcore.errors import ConfigError, DataError
 from osft_mcore.files import rename
-from osft_mcore.records import Message, Response
+from osft_mcore.records import GroundTruth, Message, Response, listed
 
 TokenIds = tuple[Annotated[int, Field(ge=0, lt=2**31)], ...]
 
@@ -27,7 +27,7 @@ class Solution:
     prompt_id: str
     sample: Annotated[int, Field(ge=0, lt=2**31)]
     data_source: str
-    ground_truth: str
+    ground_truth: GroundTruth
     prompt: tuple[Message, ...]
     prompt_token_ids: Annotated[TokenIds, Field(min_length=1)]
     response: str
@@ -194,9 +194,12 @@ def convert_solutions(
         )
     held_out = _held_out_rows(usable, val_share, seed)
     train = [solution for solution in usable if solution.row not in held_out]
-    _write(out, train)
+    # Both files alike, whichever of them has the lists.
+    several = any(not isinstance(solution.ground_truth, str) for solution in usable)
+    _write(out, train, several=several)
     if val_file is not None:
-        _write(val_file, (solution for solution in usable if solution.row in held_out))
+        rest = (solution for solution in usable if solution.row in held_out)
+        _write(val_file, rest, several=several)
     return Conversion(
         num_answers=len(solutions),
         num_empty=len(solutions) - len(said),
@@ -221,9 +224,15 @@ def _held_out_rows(solutions: Sequence[Solution], share: float, seed: int) -> se
     return {rows[index] for index in generator.permutation(len(rows))[:count].tolist()}
 
 
-def _write(path: Path, solutions: Iterable[Solution]) -> None:
-    """In one step: what has the name is complete."""
-    table = pa.Table.from_pylist(list(_columns(solutions)), schema=_SCHEMA)
+def _write(path: Path, solutions: Iterable[Solution], *, several: bool) -> None:
+    """In one step: what has the name is complete. `several`: ground truths are lists."""
+    rows, schema = list(_columns(solutions)), _SCHEMA
+    if several:
+        place = schema.get_field_index("ground_truth")
+        schema = schema.set(place, pa.field("ground_truth", pa.list_(pa.string())))
+        for row in rows:
+            row["ground_truth"] = listed(row["ground_truth"])
+    table = pa.Table.from_pylist(rows, schema=schema)
     temporary = path.with_name(path.name + ".tmp")
     pq.write_table(table, temporary)
     rename(temporary, path)

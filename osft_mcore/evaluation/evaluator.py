@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from osft_mcore.errors import DataError, GradingError
 from osft_mcore.evaluation.grading import Grader
 from osft_mcore.evaluation.results import Answer, Evaluation, SourceScores, by_problem
-from osft_mcore.evaluation.scorers import Grade, Sample, final_answer
-from osft_mcore.records import Prompt, Response, Sampling
+from osft_mcore.evaluation.scorers import SCORERS, Grade, Sample, final_answer
+from osft_mcore.records import Prompt, Response, Sampling, ground_truth_of
 
 if TYPE_CHECKING:
     # Names torch; scoring does not need it.
@@ -18,8 +19,16 @@ if TYPE_CHECKING:
 EVALUATION_SEED_OFFSET = 1 << 31
 """Added to the run seed: training samples of the same step and row draw other numbers."""
 
-Portion = tuple[int, tuple[Answer, ...] | None]
-"""Its number, and its graded answers; None on ranks that do not grade."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portion:
+    """Some whole problems of an evaluation, sampled and graded."""
+
+    number: int
+    responses: Sequence[Response]
+    """On every rank."""
+    answers: tuple[Answer, ...] | None
+    """None on ranks that do not grade."""
 
 
 class Evaluator:
@@ -82,7 +91,7 @@ class Evaluator:
             seed=self._seed,
             step=step,
         )
-        under_way: tuple[int, Future[tuple[Answer, ...]] | None] | None = None
+        under_way: _UnderWay | None = None
         ungraded: list[Answer] = []
         with ThreadPoolExecutor(max_workers=1) as pool:
             for number, prompts in enumerate(self._portions(temperature)):
@@ -94,7 +103,7 @@ class Evaluator:
                 future = None
                 if self._grader is not None:
                     future = pool.submit(self._grade, self._grader, responses)
-                under_way = number, future
+                under_way = number, responses, future
             if under_way is not None:
                 yield self._finished(under_way, ungraded, temperature)
 
@@ -123,6 +132,7 @@ class Evaluator:
                     data_source=source,
                     problems=tuple(grouped[source, prompt.prompt_id] for prompt in prompts),
                     num_asked=self._num_samples,
+                    tells_format=self._scorer in SCORERS,
                 )
                 for source, prompts in self._problems.items()
             ),
@@ -138,18 +148,18 @@ class Evaluator:
 
     def _finished(
         self,
-        under_way: tuple[int, Future[tuple[Answer, ...]] | None],
+        under_way: "_UnderWay",
         ungraded: list[Answer],
         temperature: float,
     ) -> Portion:
-        number, future = under_way
+        number, responses, future = under_way
         if future is None:
-            return number, None
+            return Portion(number=number, responses=responses, answers=None)
         answers = future.result()
         ungraded += [answer for answer in answers if answer.status in ("timeout", "error")]
         total = sum(map(len, self._problems.values())) * self._drawn(temperature)
         _refuse_ungraded(ungraded, total, self._max_ungraded_share)
-        return number, answers
+        return Portion(number=number, responses=responses, answers=answers)
 
     def _grade(self, grader: Grader, responses: Sequence[Response]) -> tuple[Answer, ...]:
         texts = [self._decode(response.token_ids) for response in responses]
@@ -165,11 +175,16 @@ class Evaluator:
         )
 
 
+_UnderWay = tuple[int, Sequence[Response], Future[tuple[Answer, ...]] | None]
+
+
 def read_answers(rows: Sequence[Mapping[str, Any]]) -> tuple[Answer, ...]:
     """Answers as they were kept; () if one of them is none."""
     try:
-        return tuple(Answer(**row) for row in rows)
-    except TypeError:
+        return tuple(
+            Answer(**{**row, "ground_truth": ground_truth_of(row["ground_truth"])}) for row in rows
+        )
+    except (KeyError, TypeError):
         return ()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from osft_mcore.config.schema import EvaluationConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.errors import GradingError
 from osft_mcore.evaluation.judges import Reply
 from osft_mcore.evaluation.scorers import (

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -16,8 +16,13 @@ from osft_mcore.evaluation.measures import (
     pass_at_k,
     worst_at_k,
 )
-from osft_mcore.evaluation.scorers import GradeStatus
-from osft_mcore.evaluation.statistics import Interval, paired_p_value, stratified_ci
+from osft_mcore.evaluation.outcomes import Kind, Rate, outcome_of, rates
+from osft_mcore.evaluation.scorers import Grade, GradeStatus
+from osft_mcore.evaluation.statistics import Interval, paired_p_value, ratio_ci, stratified_ci
+from osft_mcore.records import GroundTruth
+
+METRICS: Final = "metrics"
+"""In a report: what the evaluation adds to the run's metrics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +33,7 @@ class Answer:
     prompt_id: str
     sample_index: int
     text: str
-    ground_truth: str
+    ground_truth: GroundTruth
     prediction: str
     """The final answer that the scorer saw, spelled plainly; "" if there is none."""
     num_tokens: int
@@ -49,6 +54,8 @@ class SourceScores:
     problems: tuple[tuple[Answer, ...], ...]
     num_asked: int
     """Samples a problem that were asked for. Greedy decoding draws one: the others would be it."""
+    tells_format: bool = True
+    """The scorer says so where it finds no final answer. One from a file gives a number only."""
 
     @property
     def prompt_ids(self) -> tuple[str, ...]:
@@ -84,6 +91,14 @@ class SourceScores:
             majority_score([a.prediction for a in answers], [float(a.correct) for a in answers])
             for answers in self.problems
         ]
+
+    def rates(self) -> dict[str, Rate]:
+        """What became of the answers; evaluation/outcomes.py says what each name means."""
+        kinds = [
+            [Kind(outcome_of(Grade(a.score, a.status)), a.truncated) for a in answers]
+            for answers in self.problems
+        ]
+        return rates(kinds, tells_format=self.tells_format)
 
     def scores(self) -> list[list[float]]:
         """By problem and sample."""
@@ -181,16 +196,33 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
             f"{prefix}/timeouts": statuses["timeout"],
             f"{prefix}/errors": statuses["error"],
         }
+        # Those with a value: of no parsed answer none is correct, or wrong.
+        values |= {
+            f"{prefix}/{name}": rate.value
+            for name, rate in source.rates().items()
+            # This is pass@1.
+            if name != "correct" and rate.value is not None
+        }
     return values
 
 
-def report(evaluation: Evaluation, *, dropped: Mapping[str, int], seed: int) -> dict[str, Any]:
-    """All figures with their intervals, JSON-able. `dropped`: over-long prompts by data source."""
+def report(
+    evaluation: Evaluation,
+    *,
+    dropped: Mapping[str, int],
+    seed: int,
+    shots: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All figures with their intervals, JSON-able. `dropped`: over-long prompts by data source.
+
+    `shots`: the worked examples that stood before every problem; None if there were none.
+    """
     found = evaluation.headline
     return {
         "step": evaluation.step,
         "temperature": evaluation.temperature,
         "num_samples": evaluation.sources[0].num_asked,
+        "shots": shots,
         "pass_at_1": {"value": evaluation.pass_at_1, "ci95": pass_at_1_bounds(evaluation, seed)},
         "headline": {f"pass@{k}": value for k, value in found.pass_at.items()}
         | {"average": found.average},
@@ -198,6 +230,8 @@ def report(evaluation: Evaluation, *, dropped: Mapping[str, int], seed: int) -> 
             source.data_source: _source_report(source, dropped.get(source.data_source, 0), seed)
             for source in evaluation.sources
         },
+        # As evaluations.jsonl has them: whoever writes that may be another process.
+        METRICS: metrics(evaluation),
     }
 
 
@@ -231,11 +265,21 @@ def _source_report(source: SourceScores, num_dropped: int, seed: int) -> dict[st
             "max": max(lengths),
         },
         "cut_off_ratio": _mean([answer.truncated for answer in answers]),
+        "cut_off_ratio_ci95": _bounds(
+            [[_mean([answer.truncated for answer in group]) for group in source.problems]], seed
+        ),
+        "outcomes": {name: _rate(rate, seed) for name, rate in source.rates().items()},
         "no_answer": statuses["no_answer"],
         "too_large": statuses["too_large"],
         "timeouts": statuses["timeout"],
         "errors": statuses["error"],
     }
+
+
+def _rate(rate: Rate, seed: int) -> dict[str, Any]:
+    """Both None where nothing could count."""
+    ci = ratio_ci(rate.counts, rate.of, seed=seed)
+    return {"value": rate.value, "ci95": None if ci is None else [ci.low, ci.high]}
 
 
 def _bounds(groups: Sequence[Sequence[float]], seed: int) -> list[float]:

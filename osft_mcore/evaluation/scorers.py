@@ -91,7 +91,7 @@ def boxed_math_fast(sample: Sample, options: ScorerOptions) -> Draft:
 
 def _boxed(sample: Sample, *, fast: bool) -> Draft:
     answer = last_boxed(sample.text)
-    if answer is None:
+    if answer is None or not answer.strip():
         return NO_ANSWER
     golds = tuple(last_boxed(gold) or gold for gold in sample.golds)
     verdicts = [_by_spelling(answer, gold, fast=fast) for gold in golds]
@@ -120,7 +120,7 @@ def _by_spelling(answer: str, gold: str, *, fast: bool) -> bool | None:
 def gsm8k(sample: Sample, options: ScorerOptions) -> Draft:
     """1 if the last `#### x` is, to the character, a gold answer without its commas."""
     answer = after_hashes(sample.text)
-    if answer is None:
+    if answer is None or not any(map(str.isdigit, answer)):
         return NO_ANSWER
     golds = [after_hashes(gold) or gold.strip().replace(",", "") for gold in sample.golds]
     return RIGHT if answer in golds else WRONG
@@ -191,4 +191,4 @@ SCORERS: Mapping[str, Callable[[Sample, ScorerOptions], Draft]] = MappingProxyTy
         "boxed_numeric": boxed_numeric,
     }
 )
-"""The names of config/schema.py; any other is a file's."""
+"""The names of config/schema_evaluation.py; any other is a file's."""

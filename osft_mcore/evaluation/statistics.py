@@ -1,6 +1,6 @@
 """How sure a mean over problems is: bootstrap intervals and a paired permutation test; pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,33 @@ def stratified_ci(
     return Interval(low=float(low), high=float(high))
 
 
+def ratio_ci(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    seed: int,
+    num_resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval | None:
+    """Interval of sum(numerators) / sum(denominators), one pair per problem.
+
+    Problems are redrawn, each with both of its numbers. A draw whose denominators are all 0 has no
+    ratio and is left out; None if no draw has one.
+    """
+    pairs = np.asarray([numerators, denominators], dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    over, under = (
+        np.concatenate(sums)
+        for sums in zip(*_resampled_sums(pairs, rng, num_resamples), strict=True)
+    )
+    has_ratio = under > 0
+    if not has_ratio.any():
+        return None
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(over[has_ratio] / under[has_ratio], (tail, 1.0 - tail))
+    return Interval(low=float(low), high=float(high))
+
+
 def paired_p_value(
     before: Sequence[Sequence[float]],
     after: Sequence[Sequence[float]],
@@ -90,6 +117,17 @@ def paired_p_value(
     # What differs by rounding alone is a tie.
     reached = np.abs(found) >= observed - 1e-12
     return float(1 + reached.sum()) / (1 + num_permutations)
+
+
+def _resampled_sums(
+    pairs: NDArray[np.float64], rng: np.random.Generator, num_resamples: int
+) -> Iterator[NDArray[np.float64]]:
+    """Sums of both rows over problems that are redrawn, in chunks [2, draws]."""
+    num = pairs.shape[1]
+    rows = max(1, MAX_CHUNK_DRAWS // num)
+    for start in range(0, num_resamples, rows):
+        drawn = rng.integers(num, size=(min(rows, num_resamples - start), num))
+        yield np.stack([row[drawn].sum(1) for row in pairs])
 
 
 def _random_signs(

@@ -42,7 +42,7 @@ class WorkerProcess:
         # -P: a math_verify.py in the working directory must not be imported.
         command = [sys.executable, "-P", "-m", "osft_mcore.evaluation.grading_worker"]
         limits = [f"--timeout-s={timeout_s}", f"--memory-bytes={memory_bytes}"]
-        with _stop_signals_blocked():
+        with stop_signals_blocked():
             self._process = subprocess.Popen(
                 [*command, f"--scorer={scorer}", *limits],
                 stdin=subprocess.PIPE,
@@ -128,7 +128,7 @@ def _children(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
+def stop_signals_blocked() -> Iterator[None]:
     """A child started inside never sees SIGTERM and SIGUSR1, which Slurm may send to all processes
     of a job: its parent needs it until the end of the step. It ends with its standard input.
     """

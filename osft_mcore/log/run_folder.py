@@ -12,7 +12,11 @@ from osft_mcore.errors import CheckpointError, ConfigError
 from osft_mcore.files import rename, replace_file, write_file
 
 REPORT: Final = "report.html"
-LOGS: Final = ("metrics.jsonl", "evaluations.jsonl")
+EVALUATOR_LOG: Final = "evaluator.log"
+"""What the process of evaluation.mode=async has said."""
+ASKED: Final = "asked.jsonl"
+"""Evaluations that the process of evaluation.mode=async was asked for, or was not."""
+LOGS: Final = ("metrics.jsonl", "evaluations.jsonl", ASKED)
 """One line a step, or a few."""
 PER_STEP: Final = ("rollouts", "evaluations", "skipped")
 """Folders with files named step_N..."""
@@ -54,7 +58,8 @@ class RunFolder:
         while (aside := self.path / f"unfinished_{number}").exists():
             number += 1
         aside.mkdir()
-        for name in (*LOGS, *PER_STEP, BATCHES, "hf", REPORT, "config.yaml", "manifest.json"):
+        others = (BATCHES, "hf", REPORT, EVALUATOR_LOG, "config.yaml", "manifest.json")
+        for name in (*LOGS, *PER_STEP, *others):
             if (self.path / name).exists():
                 os.replace(self.path / name, aside / name)
         return aside

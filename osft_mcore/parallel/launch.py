@@ -3,6 +3,7 @@
 # Not torchrun's own agent: a signal that arrives while it starts the ranks leaves them behind,
 # and it ends the peers of a failed rank only after 30 seconds if they do not listen.
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Final
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from osft_mcore.errors import NothingLeft, Stopped
-from osft_mcore.parallel.world import OWN_RUN_ID
+from osft_mcore.parallel.world import OWN_RUN_ID, PARENT
 
 GRACEFUL: Final = (signal.SIGTERM, signal.SIGUSR1)
 """Ask a run to save and stop."""
@@ -106,6 +107,7 @@ def _start(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": OWN_RUN_ID,
+        PARENT: str(os.getpid()),
     }
     # Away from the terminal: Ctrl-C there is for the launcher to handle.
     return subprocess.Popen(command, env=environment, start_new_session=True)
@@ -154,6 +156,13 @@ def _exit_code(failed: Sequence[tuple[int, int]], passed_on: int) -> int:
 def _stopped_by(number: int) -> int:
     sys.stderr.write(f"osft: stopped by {signal.Signals(number).name}\n")
     return 128 + number
+
+
+def end_group(child: "subprocess.Popen[str]") -> None:
+    """Kill a process that leads a session of its own, and whatever it started there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

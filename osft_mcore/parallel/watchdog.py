@@ -24,6 +24,10 @@ LAST_RESORT_S: Final = 5.0
 this one does not, but it knows no names."""
 
 
+IDLE: Final = "idle"
+"""A phase without a deadline: ranks wait for work."""
+FOR_EVER_S: Final = 30 * 24 * 3600.0
+"""Timers take no infinity."""
 BETWEEN: Final = "what comes between phases"
 """Nothing there takes long."""
 
@@ -125,7 +129,7 @@ class Watchdog:
         host, number = self._place.host, self._place.number
         self._arm(
             Place(host=host, phase=name, number=number + 1),
-            self._deadlines_s.get(name, self._otherwise_s),
+            FOR_EVER_S if name == IDLE else self._deadlines_s.get(name, self._otherwise_s),
         )
         yield
         self._arm(Place(host=host, phase=BETWEEN, number=number + 1), self._otherwise_s)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final, Literal
 
 from osft_mcore.errors import ConfigError
@@ -17,8 +17,15 @@ OWN_RUN_ID: Final = "osft-launcher"
 PROGRAM_START: Final = time.time()
 """Seconds since the epoch: this file is among the first to be imported."""
 
+PARENT: Final = "OSFT_PARENT"
+"""Process id of whoever started this process and wants it to end with itself."""
+
 _PLACE: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _RENDEZVOUS: Final = ("MASTER_ADDR", "MASTER_PORT")
+_MORE_OF_TORCHRUN: Final = (
+    "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+)  # fmt: skip
 
 
 def check_launch_environment() -> None:
@@ -122,3 +129,43 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.environ.get(PARENT) not in (None, str(os.getppid())):
+        # It ended before the kernel was asked.
+        os._exit(128 + signal.SIGKILL)
+
+
+def variables_of_child(changes: Mapping[str, str]) -> dict[str, str]:
+    """For a child that ends with this process, has a world of its own, and `changes`."""
+    of_launchers = {*_PLACE, *_RENDEZVOUS, *_MORE_OF_TORCHRUN}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in of_launchers and not name.startswith("TORCHELASTIC_")
+    }
+    return {**kept, **changes, PARENT: str(os.getpid())}
+
+
+def started_by_a_run() -> bool:
+    """True in processes that `variables_of_child` is for, and in what they start."""
+    return PARENT in os.environ
+
+
+def usable_cores() -> frozenset[int]:
+    """CPU cores that this process may use."""
+    return frozenset(os.sched_getaffinity(0))
+
+
+def stay_on_cores(cores: Collection[int]) -> None:
+    """Keep this process, and what it starts, on CPU cores; () leaves it where it may be."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The GPUs that ranks on this host take, the first first, named as the user names them."""
+    import torch
+
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return tuple(map(str, range(torch.cuda.device_count())))
+    return tuple(name.strip() for name in named.split(","))

@@ -15,11 +15,12 @@ from osft_mcore.evaluation.results import (
     compare,
 )
 from osft_mcore.evaluation.statistics import Interval, stratified_ci
+from osft_mcore.records import GroundTruth, ground_truth_of
 from osft_mcore.report.run import Json, Run, json_rows
 
 SEED: Final = 1
 """Of intervals and tests where a run does not name its own."""
-Key = tuple[str, str, str]
+Key = tuple[str, str, GroundTruth]
 """Data source, problem, expected answer."""
 
 
@@ -112,7 +113,7 @@ def _answer(row: Json) -> Answer | None:
             prompt_id=str(row["prompt_id"]),
             sample_index=int(row["sample_index"]),
             text="",
-            ground_truth=str(row["ground_truth"]),
+            ground_truth=ground_truth_of(row["ground_truth"]),
             prediction=str(row.get("prediction", "")),
             num_tokens=int(row["num_tokens"]),
             truncated=bool(row["truncated"]),

@@ -161,6 +161,13 @@ def _trouble_cards(run: Run) -> Iterator[Card]:
             detail="loss or gradient not finite" if num_skipped else "every update was finite",
             good=num_skipped == 0,
         )
+    if isinstance(lacking := run.summary.get("unscored"), list) and lacking:
+        yield Card(
+            label="evaluations that are missing",
+            value=str(len(lacking)),
+            detail="reasons: unscored in summary.json",
+            good=False,
+        )
     if num := len(starts(run)) - 1:
         yield Card(label="interruptions survived", value=str(num), detail="see Starts")
 

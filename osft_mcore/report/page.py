@@ -12,7 +12,11 @@ from osft_mcore.report import facts
 from osft_mcore.report.columns import ColumnChart
 from osft_mcore.report.comparison import Row, compared
 from osft_mcore.report.curves import absent_metrics, curve_charts, shared_charts, step_time
+from osft_mcore.report.general import harness_table
 from osft_mcore.report.lines import LineChart
+from osft_mcore.report.outcomes import COLUMNS, outcome_rows
+from osft_mcore.report.outcomes import Row as OutcomeRow
+from osft_mcore.report.probe import probe_charts
 from osft_mcore.report.run import Run
 from osft_mcore.report.samples import Answer, samples_of
 from osft_mcore.report.scale import written
@@ -37,6 +41,7 @@ class RunPart:
     state: str
     cards: list[facts.Card]
     scores: list[LineChart]
+    outcomes: list[OutcomeRow]
     curves: list[LineChart]
     timeline: ColumnChart | None
     phase_shares: list[tuple[str, str]]
@@ -71,6 +76,8 @@ def page(runs: Sequence[Run], *, num_samples: int = 0) -> str:
     return templates.get_template(TEMPLATE).render(
         runs=runs,
         rows=rows,
+        general=harness_table(runs),
+        outcome_columns=list(COLUMNS.values()),
         ks=sorted({k for row in rows for k in row.pass_at}),
         shared=_shared(runs, results),
         parts=[_part(*of_run, num_samples) for of_run in zip(runs, results, own, strict=True)],
@@ -89,7 +96,11 @@ def _part(run: Run, results: Sequence[Result], rows: Sequence[Row], num_samples:
         sentence=facts.sentence(run),
         state=facts.state(run),
         cards=facts.cards(run, rows),
-        scores=score_charts(run, results),
+        scores=[
+            *score_charts(run, results),
+            *probe_charts(run, usual_temperature(run, results)),
+        ],
+        outcomes=outcome_rows(run, results),
         curves=list(curve_charts(run)),
         timeline=timeline,
         phase_shares=_shares(timeline),

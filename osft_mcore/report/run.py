@@ -15,6 +15,7 @@ from osft_mcore.errors import ConfigError
 MARKS: Final = ("manifest.json", "metrics.jsonl", "evaluations.jsonl")
 """A folder with one of these is a run's."""
 _NAME: Final = re.compile(r"step_(\d+)_temperature_([\d.e+-]+)\.jsonl?")
+_HARNESS: Final = re.compile(r"step_(\d+)_lm_eval\.json")
 Json = Mapping[str, Any]
 
 
@@ -36,6 +37,8 @@ class Run:
     """evaluations/*.json, by step and temperature."""
     answers: Mapping[tuple[int, float], Path]
     """Files with every answer."""
+    harness: Mapping[int, Json]
+    """What lm-evaluation-harness found, by step."""
     skipped: tuple[Json, ...]
     """Skipped updates."""
     problems: tuple[str, ...]
@@ -97,6 +100,7 @@ def read_run(path: Path, name: str) -> Run:
             if (found := _object(file, problems))
         },
         answers=dict(_at_steps(folder, "jsonl")),
+        harness=dict(_harness(folder, problems)),
         skipped=tuple(
             found
             for file in sorted((path / "skipped").glob("step_*.json"))
@@ -155,6 +159,13 @@ def _object(file: Path, problems: list[str]) -> Json:
         problems.append(f"{file.name}: cannot be read")
         return {}
     return found
+
+
+def _harness(folder: Path, problems: list[str]) -> Iterator[tuple[int, Json]]:
+    files = ((_HARNESS.fullmatch(file.name), file) for file in folder.glob("step_*_lm_eval.json"))
+    for step, file in sorted((int(match[1]), file) for match, file in files if match):
+        if found := _object(file, problems):
+            yield step, found
 
 
 def _at_steps(folder: Path, suffix: str) -> list[tuple[tuple[int, float], Path]]:

@@ -57,7 +57,9 @@ def _first_samples(file: Path) -> dict[tuple[str, str], Json]:
 
 def _graded(row: Json, title: str) -> Answer:
     correct = row.get("correct") is True
-    expected = _cut(str(row.get("ground_truth", "")), 200)
+    golds = row.get("ground_truth", "")
+    # Of a list one is enough.
+    expected = " or ".join(map(str, golds)) if isinstance(golds, list) else str(golds)
     said = "correct" if correct else "not correct"
     reason = "" if row.get("status", "ok") == "ok" else f" ({row.get('status')})"
     cut_off = ", cut off" if row.get("truncated") is True else ""
@@ -65,7 +67,7 @@ def _graded(row: Json, title: str) -> Answer:
         title=f"{title}, {row.get('num_tokens', '?')} tokens{cut_off}",
         prompt="",
         text=_cut(str(row.get("text", "")), MAX_CHARS),
-        verdict=f"{said}{reason}; expected {expected}",
+        verdict=f"{said}{reason}; expected {_cut(expected, 200)}",
         correct=correct,
     )
 

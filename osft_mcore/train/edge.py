@@ -17,6 +17,8 @@ from osft_mcore.train.identity import identity
 
 BEFORE_A_STEP: Final = "stopping before the next step, with nothing new to save"
 """What a signal is answered with until the loop begins."""
+TO_LEAVE_S: Final = 30.0
+"""For what a run does when it has done all its steps; kept free twice."""
 
 
 class StepEdge:
@@ -105,6 +107,11 @@ class StepEdge:
         self._signals.promise = "what is left to do after the last step is done first"
         with self._clock("save"):
             self._checkpoints.settle()
+
+    def hurry(self) -> str:
+        """Why this rank should not wait for anything any more; empty if it may."""
+        near = self._deadline.near(time.time(), longest_step_s=0.0, longest_save_s=TO_LEAVE_S)
+        return self._signals.received or near
 
     def _lacks_time(self, step: int) -> str:
         every, is_last = self._evaluation_every, step == self._num_steps

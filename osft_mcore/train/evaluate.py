@@ -11,10 +11,12 @@ from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.tokenizer import load_tokenizer
 from osft_mcore.errors import Stopped
 from osft_mcore.evaluation.aggregate import best_temperature
+from osft_mcore.evaluation.harness import summary as harness_summary
 from osft_mcore.evaluation.results import Evaluation, compare, pass_at_1_bounds
 from osft_mcore.log.console import Console, StepProgress
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.parallel.stop import StopSignals, agreed_stop, deadline
+from osft_mcore.train.harness import harness_results
 from osft_mcore.train.identity import start_fingerprint
 from osft_mcore.train.inputs import load_held_out
 from osft_mcore.train.resume import SUMMARY
@@ -40,6 +42,11 @@ def run_evaluate(
         f"{config.rollout.max_prompt_tokens} tokens dropped), "
         f"{config.evaluation.num_samples} samples each"
     )
+    if (shots := held_out.shots) is not None:
+        console.say(
+            f"examples before every problem: {len(shots.rows)} of {shots.file} "
+            f"({shots.num_held_out} left out, which are held-out problems)"
+        )
     goes_on = check_earlier_scores(config)
     with ExitStack() as stack:
         sampler = stack.enter_context(
@@ -63,6 +70,9 @@ def run_evaluate(
         if found:
             summary = _summary(config, found, held_out.num_problems)
             summary["seconds"] = seconds_of(sampler.clock)
+            if by_step := harness_results(sampler.folder.path):
+                # Of an earlier start with --lm-eval.
+                summary["lm_eval"] = harness_summary(by_step)
             # Last: it says that nothing is left to do.
             sampler.folder.write_json(SUMMARY, summary)
             _print(console, config, found)

@@ -11,7 +11,8 @@ from osft_mcore.config.evaluation import benchmark_files
 from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.phases import reads_training_data, trains
-from osft_mcore.config.schema import SCORERS, ModelConfig, Phase, RunConfig
+from osft_mcore.config.schema import ModelConfig, Phase, RunConfig
+from osft_mcore.config.schema_evaluation import SCORERS
 from osft_mcore.data.parquet import data_sha256
 from osft_mcore.data.tokenizer import tokenizer_files
 from osft_mcore.weights.fingerprint import weights_fingerprint
@@ -65,6 +66,8 @@ def identity(config: RunConfig, phase: Phase) -> dict[str, Any]:
         found["data.train"] = data_sha256(config.data.train)
     if phase == "evaluate":
         found["evaluation.files"] = {path: data_sha256(path) for path in benchmark_files(config)}
+        if config.evaluation.shots:
+            found["evaluation.shots_file"] = data_sha256(config.evaluation.shots_file)
         if config.evaluation.scorer not in SCORERS:
             file = Path(config.evaluation.scorer.rpartition(":")[0])
             found["evaluation.scorer"] = _sha256(file)

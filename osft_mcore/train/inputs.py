@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from osft_mcore.config.evaluation import benchmark_files
@@ -12,6 +13,7 @@ from osft_mcore.data.order import steps_per_epoch
 from osft_mcore.data.parquet import data_sha256, file_holds_token_ids
 from osft_mcore.data.problems import Problems, load_problems
 from osft_mcore.data.sft import SftData, load_examples
+from osft_mcore.data.shots import Shots, choose_shots, questions_of
 from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
 from osft_mcore.evaluation.evaluator import check_problems
 from osft_mcore.records import Prompt
@@ -24,6 +26,8 @@ class HeldOut:
     by_source: dict[str, tuple[Prompt, ...]]
     dropped_overlong: dict[str, int]
     """By data source: problems longer than rollout.max_prompt_tokens."""
+    shots: Shots | None = None
+    """The worked examples that stand before every problem."""
 
     @property
     def num_problems(self) -> int:
@@ -64,9 +68,9 @@ def load_sft_examples(config: RunConfig, tokenizer: ChatTokenizer) -> SftData:
 
 def load_held_out(config: RunConfig, tokenizer: ChatTokenizer) -> HeldOut:
     """The evaluation problems of all files."""
-    limit = config.evaluation.max_problems
+    limit, shots = config.evaluation.max_problems, _shots(config)
     files = [
-        _load(config, tokenizer, file, option="evaluation.files", limit=limit)
+        _load(config, tokenizer, file, option="evaluation.files", limit=limit, shots=shots)
         for file in benchmark_files(config)
     ]
     by_source: dict[str, list[Prompt]] = {}
@@ -78,6 +82,7 @@ def load_held_out(config: RunConfig, tokenizer: ChatTokenizer) -> HeldOut:
     return HeldOut(
         by_source={source: tuple(prompts) for source, prompts in by_source.items()},
         dropped_overlong=dict(sum((Counter(at.dropped_overlong) for at in files), Counter())),
+        shots=shots,
     )
 
 
@@ -92,8 +97,34 @@ def data_hashes(files: Sequence[str]) -> dict[str, Any]:
     return {"data_sha256": {file: data_sha256(file) for file in files}}
 
 
+def _shots(config: RunConfig) -> Shots | None:
+    """Chosen with all held-out problems in sight, also those that max_problems leaves out."""
+    evaluation, data = config.evaluation, config.data
+    files = benchmark_files(config)
+    if evaluation.shots == 0 or not files:
+        return None
+    return choose_shots(
+        evaluation.shots_file,
+        chain.from_iterable(
+            questions_of(file, prompt_key=data.prompt_key, option="evaluation.files")
+            for file in files
+        ),
+        count=evaluation.shots,
+        seed=config.seed,
+        prompt_key=data.prompt_key,
+        response_key=data.response_key,
+        prompt_suffix=data.prompt_suffix,
+    )
+
+
 def _load(
-    config: RunConfig, tokenizer: ChatTokenizer, file: str, *, option: str, limit: int | None
+    config: RunConfig,
+    tokenizer: ChatTokenizer,
+    file: str,
+    *,
+    option: str,
+    limit: int | None,
+    shots: Shots | None = None,
 ) -> Problems:
     return load_problems(
         file,
@@ -104,4 +135,5 @@ def _load(
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         option=option,
         limit=limit,
+        shots=shots,
     )

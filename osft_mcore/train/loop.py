@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from osft_mcore.actor.actor import Actor
 from osft_mcore.actor.result import UpdateResult
+from osft_mcore.config.evaluation import due, start_temperatures
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.order import batch_rows, steps_per_epoch
 from osft_mcore.errors import DataError
-from osft_mcore.evaluation.results import Evaluation
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
@@ -18,7 +19,7 @@ from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.gate import check_agreement, check_logprobs, check_versions
 from osft_mcore.train.performance import performance_metrics
 from osft_mcore.train.schedules import learning_rate, sampling_temperature, train_temperature
-from osft_mcore.train.scoring import Scoring
+from osft_mcore.train.scores import Scores
 from osft_mcore.train.skipped import SkippedUpdates, answer_rows
 from osft_mcore.train.step_metrics import (
     push_metrics,
@@ -42,7 +43,7 @@ class OsftLoop:
     actor: Actor
     engine: RolloutEngine
     sync: WeightSync
-    scoring: Scoring | None
+    scores: Scores
     folder: RunFolder
     metrics: MetricsLog
     console: Console
@@ -58,6 +59,7 @@ class OsftLoop:
         self.edge.stop_before(done)
         with bar as progress:
             for step in range(done + 1, self.num_steps + 1):
+                self.scores.drain()
                 tau = self.tau_sample(step)
                 with self.clock("rollout"):
                     responses = self.engine.generate(self.batch(step), self.sampling(step, tau))
@@ -66,7 +68,7 @@ class OsftLoop:
                     updates = self.train_on(responses, step, tau)
                 push = self.push()
                 if due(cfg.evaluation.every, step) and step < self.num_steps:
-                    self.evaluate(step, cfg.evaluation.temperature)
+                    self.ask_scores(step)
                 progress.finished(step, self.log_step(step, tau, responses, updates, push))
                 self.edge.passed(step, sound=not self.skipped.any, weight_version=self.sync.version)
             self.edge.finish()
@@ -159,43 +161,18 @@ class OsftLoop:
             updates.append(update)
         return updates
 
-    def evaluate(self, step: int, temperature: float) -> Evaluation | None:
-        """Score the held-out problems; the result is on the grading rank only."""
-        # Whoever asked for its weights since the push, as an export does, has them.
+    def ask_scores(self, step: int, exported: Path | None = None) -> None:
+        """Have the weights of `step` scored, now or later; `exported` has them, if it is given."""
+        # Whoever asked for the actor's weights since the push, as an export does, has them.
         self.actor.rest()
-        return None if self.scoring is None else self.scoring.score(step, temperature)
+        self.scores.ask(step, self.config.evaluation.temperature, exported=exported)
 
-    def score_start(self) -> list[Evaluation]:
-        """Score the starting model: at the evaluation temperature first, then at the others.
-
-        Empty on ranks that do not grade, and without an evaluation. Raises Stopped when told to.
-        """
-        cfg = self.config.evaluation
-        temperatures = (cfg.temperature, *cfg.baseline_temperatures) if cfg.before else ()
-        scored = []
-        for tau in dict.fromkeys(temperatures):
+    def ask_scores_of_start(self) -> None:
+        """Have the starting model scored, at all its temperatures. Raises Stopped when told to."""
+        for tau in start_temperatures(self.config.evaluation):
             # What is scored so far is left behind: the run begins with an evaluation of its own.
             self.edge.stop_if_told(0)
-            scored.append(self.evaluate(0, tau))
-        return [evaluation for evaluation in scored if evaluation is not None]
-
-    def scores_of_start(self) -> list[Evaluation]:
-        """What `score_start` found when the run began, as the run folder keeps it.
-
-        Empty on ranks that do not grade, and if the problems are not the same any more.
-        """
-        if self.scoring is None or not self.folder.writer:
-            return []
-        cfg = self.config.evaluation
-        recalled = []
-        for tau in dict.fromkeys((cfg.temperature, *cfg.baseline_temperatures)):
-            if (evaluation := self.scoring.recall(0, tau)) is not None:
-                recalled.append(evaluation)
-        if recalled and recalled[0].temperature == cfg.temperature:
-            return recalled
-        if cfg.before:
-            self.console.say("the scores of the starting model are not here: no gain will be told")
-        return []
+            self.scores.ask(0, tau)
 
     def log_step(
         self,
@@ -229,11 +206,6 @@ class OsftLoop:
                 f"rollouts/step_{step}.jsonl", rollout_rows(responses, self.decode)
             )
         return shown(record, "loss/nll", "rollout/response_length_mean", "sync/logprob_diff_max")
-
-
-def due(every: int, step: int) -> bool:
-    """True on every `every`-th step; never for 0."""
-    return every > 0 and step % every == 0
 
 
 def _example(response: Response, train_on_truncated: bool) -> Example:

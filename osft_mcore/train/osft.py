@@ -19,6 +19,7 @@ from osft_mcore.train.live_report import live_report
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.resume import SUMMARY
 from osft_mcore.train.sampler import BuildEngine
+from osft_mcore.train.scores import open_scores
 from osft_mcore.train.scoring import open_scoring
 from osft_mcore.train.start import (
     build_actor,
@@ -30,7 +31,7 @@ from osft_mcore.train.start import (
     restore_rng,
     say_start,
 )
-from osft_mcore.train.summary import print_summary, seconds_of, summarise
+from osft_mcore.train.summary import print_summary, say_unscored, seconds_of, summarise
 from osft_mcore.train.weight_plan import alias_forbidden
 from osft_mcore.weights.alias import delivery_lines
 from osft_mcore.weights.params import hf_layouts
@@ -48,20 +49,24 @@ def run_osft(
     with open_loop(config, context, console, build_engine) as loop:
         with loop.edge.listening():
             _say_push(console, loop.push())
-            start = loop.scores_of_start() if loop.num_done else loop.score_start()
+            if not loop.num_done:
+                loop.ask_scores_of_start()
             loop.clock.flush()
             loop.fit()
+            exported = None
             if config.checkpoint.final:
                 # Before the evaluation, which may take long: what was trained is safe.
                 with loop.clock("save"):
-                    export_final(config, loop.actor, loop.folder, loop.num_steps)
-            end = loop.evaluate(loop.num_steps, config.evaluation.temperature)
+                    exported = export_final(config, loop.actor, loop.folder, loop.num_steps)
+            loop.ask_scores(loop.num_steps, exported)
+            loop.scores.finish(loop.edge.hurry)
         renew_card(loop.folder, loop.num_steps)
-        summary = summarise(loop, start, end, context.topology)
+        summary = summarise(loop, context.topology)
         summary["seconds"] = seconds_of(loop.clock)
         # Last: it says that nothing is left to do.
         loop.folder.write_json(SUMMARY, summary)
         print_summary(console, summary)
+        say_unscored(console, loop.folder.path, summary)
 
 
 @contextmanager
@@ -95,12 +100,11 @@ def open_loop(
         stack.enter_context(live_report(folder, config.report, console))
         metrics = MetricsLog(folder, config.logging, as_options(config), console)
         stack.callback(metrics.close)
-        scoring = stack.enter_context(
-            open_scoring(
-                config, context, engine, held_out, tokenizer,
-                folder=folder, metrics=metrics, console=console, clock=clock,
-            )
-        )  # fmt: skip
+        scoring = stack.enter_context(open_scoring(
+            config, context, engine, held_out, tokenizer,
+            folder=folder, metrics=metrics, console=console, clock=clock, actor=actor,
+        ))  # fmt: skip
+        scores = stack.enter_context(open_scores(config, scoring, actor, console, point, num_steps))
         restore_rng(point, context)
         yield OsftLoop(
             config=config,
@@ -110,7 +114,7 @@ def open_loop(
             actor=actor,
             engine=engine,
             sync=sync,
-            scoring=scoring,
+            scores=scores,
             folder=folder,
             metrics=metrics,
             console=console,

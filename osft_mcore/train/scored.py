@@ -61,6 +61,8 @@ OF_A_SCORE: Final = (
     "evaluation.top_p:",
     "evaluation.max_problems:",
     "evaluation.portion:",
+    "evaluation.shots:",
+    "evaluation.shots_file:",
     "evaluation.scorer:",
     "evaluation.grader_timeout_s:",
     "evaluation.grader_memory_gib:",
@@ -97,6 +99,11 @@ def scored_models(config: RunConfig) -> list[Scored]:
     return chosen
 
 
+def steps_kept(run: Path) -> set[int]:
+    """After which steps a run that has ended has the weights; 0: model.path."""
+    return {0} | {scored.step for scored in _left_behind(run)}
+
+
 def check_earlier_scores(config: RunConfig) -> bool:
     """True if output_dir holds scores of the same kind, to go on with; not collective.
 
@@ -111,7 +118,8 @@ def check_earlier_scores(config: RunConfig) -> bool:
     now, then = json.loads(json.dumps(scores_identity(config))), before["identity"]
     if now["files"] != then.get("files"):
         other.append(
-            "model.path, evaluation.files, evaluation.scorer: what the files hold has changed"
+            "model.path, evaluation.files, evaluation.shots_file, evaluation.scorer: what the "
+            "files hold has changed"
         )
     other += [
         f"evaluation.run: the weights after step {step} are others than those that were scored"

@@ -2,20 +2,26 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 
+from osft_mcore.actor.actor import Actor
+from osft_mcore.actor.probe import Probe
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer
 from osft_mcore.evaluation.evaluator import Evaluator, read_answers
 from osft_mcore.evaluation.grading import Grader
-from osft_mcore.evaluation.results import Answer, Evaluation, metrics, report
+from osft_mcore.evaluation.results import METRICS, Answer, Evaluation, metrics, report
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json, wait_for_all
+from osft_mcore.records import Response
 from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.inputs import HeldOut
+from osft_mcore.train.probe import first_answers, probe_answers, with_probes
+from osft_mcore.train.resume import read_json
 from osft_mcore.train.score_files import (
     answers_file,
     portion_file,
@@ -36,16 +42,38 @@ class Scoring:
     console: Console
     clock: Clock
     seed: int
+    actor: Actor | None = None
+    """Looks at the answers to `num_probed` problems of each source; None where nothing trains."""
+    num_probed: int = 0
 
     def score(self, step: int, temperature: float) -> Evaluation | None:
-        """Score the held-out problems; the result is on the grading rank only. Collective."""
+        """Score the held-out problems, tell and keep what is found; None on ranks that do not
+        grade. Collective."""
+        found = self.answer(step, temperature)
+        if found is not None:
+            self.tell_answered(step, temperature)
+        return found
+
+    def answer(self, step: int, temperature: float) -> Evaluation | None:
+        """The same without telling: for a process whose files another one tells of. Collective."""
         answers: list[Answer] = []
+        first: list[Response] = []
         with self.clock("evaluate"):
-            for _, graded in self.evaluator.graded(step, temperature):
-                answers += graded or ()
+            for portion in self.evaluator.graded(step, temperature):
+                answers += portion.answers or ()
+                first += (r for r in portion.responses if r.sample_index == 0)
+            probes = self._probe(first, temperature)
             # One rank grades; the others wait here, under deadlines.evaluate.
             wait_for_all(self.context)
-        return self.keep(step, temperature, answers)
+        return self.keep(step, temperature, answers, probes)
+
+    def _probe(self, responses: Sequence[Response], temperature: float) -> dict[str, Probe]:
+        """The engine has been given the actor's weights: both speak of the same model."""
+        if self.actor is None or not self.num_probed:
+            return {}
+        probes = probe_answers(self.actor, first_answers(responses, self.num_probed), temperature)
+        self.actor.rest()
+        return probes
 
     def portions(self, step: int, temperature: float) -> Iterator[tuple[int, int]]:
         """Score the portions that an earlier start has not; (number, how many) after each.
@@ -60,11 +88,11 @@ class Scoring:
                 portion = next(graded, None)
                 if portion is None:
                     return
-                number, answers = portion
-                if answers is not None:
-                    rows = map(dataclasses.asdict, answers)
-                    self.folder.write_lines(portion_file(step, temperature, number), rows)
-            yield number, total
+                if portion.answers is not None:
+                    rows = map(dataclasses.asdict, portion.answers)
+                    file = portion_file(step, temperature, portion.number)
+                    self.folder.write_lines(file, rows)
+            yield portion.number, total
 
     def portions_left(self, step: int, temperature: float) -> set[int]:
         """Those that are not kept yet; rank 0 looks. Collective."""
@@ -84,9 +112,9 @@ class Scoring:
         """The evaluation that `portions` have made, or an earlier start; not collective."""
         if not self.folder.writer:
             return None
-        if (found := self.recall(step, temperature)) is not None:
-            self._tell(found)
-        else:
+        found = self.recall(step, temperature)
+        known = found is not None
+        if found is None:
             answers = [
                 answer
                 for number in range(self.evaluator.num_portions(temperature))
@@ -95,34 +123,54 @@ class Scoring:
                 )
             ]
             found = self.keep(step, temperature, answers)
+        assert found is not None, "this rank writes"
+        self.tell(step, temperature, metrics(found), quietly=known)
         shutil.rmtree(self.folder.path / portions_folder(step, temperature), ignore_errors=True)
         return found
 
-    def keep(self, step: int, temperature: float, answers: Sequence[Answer]) -> Evaluation | None:
+    def keep(
+        self,
+        step: int,
+        temperature: float,
+        answers: Sequence[Answer],
+        probes: Mapping[str, Probe] = MappingProxyType({}),
+    ) -> Evaluation | None:
         """Write what was found; None on ranks that do not grade."""
         if not self.folder.writer:
             return None
         evaluation = self.evaluator.evaluation(step, temperature, answers)
         assert evaluation is not None, "portions are answers to all problems"
-        dropped = self.held_out.dropped_overlong
-        self.folder.write_json(
-            result_file(step, temperature), report(evaluation, dropped=dropped, seed=self.seed)
+        dropped, shots = self.held_out.dropped_overlong, self.held_out.shots
+        found = report(
+            evaluation, dropped=dropped, seed=self.seed, shots=shots.record() if shots else None
         )
+        self.folder.write_json(result_file(step, temperature), with_probes(found, probes))
         rows = map(dataclasses.asdict, evaluation.answers)
         # After the result: where the answers are, that is too.
         self.folder.write_lines(answers_file(step, temperature), rows)
-        self._tell(evaluation)
-        self.console.say(
-            f"step {step}, temperature {temperature:g}: pass@1 {evaluation.pass_at_1:.1%}"
-        )
         return evaluation
 
-    def _tell(self, evaluation: Evaluation) -> None:
-        """One line of metrics, unless a start that was killed here has written it."""
-        at = (evaluation.step, evaluation.temperature)
+    def tell(
+        self, step: int, temperature: float, found: Mapping[str, float], *, quietly: bool = False
+    ) -> None:
+        """A line on the console, unless `quietly`, and one of metrics, unless a start that was
+        killed here has written it; on the rank that grades."""
         told = self.folder.read_lines("evaluations.jsonl")
-        if at not in ((row.get("step"), row.get("eval/temperature")) for row in told):
-            self.metrics.write_evaluation(evaluation.step, metrics(evaluation))
+        rows = ((row.get("step"), row.get("eval/temperature")) for row in told)
+        if (step, temperature) not in rows:
+            self.metrics.write_evaluation(step, found)
+        if not quietly:
+            score = found["eval/pass_at_1"]
+            self.console.say(f"step {step}, temperature {temperature:g}: pass@1 {score:.1%}")
+
+    def tell_answered(self, step: int, temperature: float) -> bool:
+        """Tell of an evaluation that this process or another one kept; False if it is not there."""
+        if not (self.folder.path / answers_file(step, temperature)).is_file():
+            return False
+        # Small, unlike the answers: nothing waits while all of them are read.
+        found = read_json(self.folder.path / result_file(step, temperature))
+        self.tell(step, temperature, found[METRICS])
+        return True
 
     def recall(self, step: int, temperature: float) -> Evaluation | None:
         """What was found before, as the run folder keeps it; not collective.
@@ -145,8 +193,12 @@ def open_scoring(
     metrics: MetricsLog,
     console: Console,
     clock: Clock,
+    actor: Actor | None = None,
 ) -> Iterator[Scoring | None]:
-    """None if there is nothing to score on. Rank 0 grades, with workers that end with this."""
+    """None if there is nothing to score on. Rank 0 grades, with workers that end with this.
+
+    `actor`: whose weights the engine has, to look at some of the answers.
+    """
     with ExitStack() as stack:
         cfg, grader = config.evaluation, None
         if context.rank == 0:
@@ -179,4 +231,6 @@ def open_scoring(
             console=console,
             clock=clock,
             seed=config.seed,
+            actor=actor,
+            num_probed=cfg.probe,
         )

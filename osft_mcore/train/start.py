@@ -252,15 +252,17 @@ def build_edge(
     return StepEdge(config, phase, num_steps, actor=actor, checkpoints=checkpoints, clock=clock)
 
 
-def export_final(config: RunConfig, actor: Actor, folder: RunFolder, num_steps: int) -> None:
-    """Write the final model and its card as a Hugging Face folder. Every rank must call."""
+def export_final(config: RunConfig, actor: Actor, folder: RunFolder, num_steps: int) -> Path:
+    """Write the final model and its card as a Hugging Face folder; where. Every rank must call."""
+    final = folder.path / FINAL
     export_hf(
         actor,
-        folder.path / FINAL,
+        final,
         max_shard_bytes=config.checkpoint.max_shard_bytes,
         bucket_bytes=config.sync.bucket_bytes,
         card=_card(folder, num_steps),
     )
+    return final
 
 
 def renew_card(folder: RunFolder, num_steps: int) -> None:

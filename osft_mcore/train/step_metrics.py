@@ -26,6 +26,11 @@ def response_metrics(responses: Sequence[Response]) -> dict[str, float]:
     }
 
 
+def perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood."""
+    return math.exp(nll) if nll < MAX_EXPONENT else math.inf
+
+
 def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
     """Means over the optimizer updates that a step took; the agreement is the first one's.
 
@@ -44,7 +49,7 @@ def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
     record = {
         "loss/loss": sum(u.loss for u in taken) / len(taken),
         "loss/nll": nll,
-        "loss/perplexity": math.exp(nll) if nll < MAX_EXPONENT else math.inf,
+        "loss/perplexity": perplexity(nll),
         "loss/entropy": entropy,
         "loss/num_tokens": float(num_tokens),
         "train/padding_share": sum(u.padding_share for u in taken) / len(taken),

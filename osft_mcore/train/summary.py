@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from osft_mcore.config.temperature import temperatures
 from osft_mcore.evaluation.aggregate import best_temperature
@@ -11,16 +12,20 @@ from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.loop import OsftLoop
+from osft_mcore.train.scored import steps_kept
 from osft_mcore.weights.alias import delivery_lines
 
+OF_THE_START: Final = (
+    "base_pass_at_1",
+    "base_best_temperature",
+    "base_best_temperature_pass_at_1",
+    "base_pass_at_1_by_temperature",
+)
+NOT_SCORED: Final = "not scored"
 
-def summarise(
-    loop: OsftLoop,
-    start: Sequence[Evaluation],
-    end: Evaluation | None,
-    topology: Topology,
-) -> dict[str, Any]:
-    """Figures of the whole run; scores only where it evaluated."""
+
+def summarise(loop: OsftLoop, topology: Topology) -> dict[str, Any]:
+    """Figures of the whole run; scores only where it evaluated, None where they did not come."""
     cfg = loop.config
     summary: dict[str, Any] = {
         "steps": loop.num_steps,
@@ -40,17 +45,46 @@ def summarise(
             summary["sync/logprob_diff_mean"] = sum(means) / len(means)
         if num_skipped := sum(s["optim/num_skipped"] for s in steps):
             summary["num_skipped_updates"] = int(num_skipped)
+    return summary | _scores(loop)
+
+
+def _scores(loop: OsftLoop) -> dict[str, Any]:
+    """Before, after, the gain; and what is missing."""
+    cfg, unscored = loop.config, loop.scores.unscored
+    summary: dict[str, Any] = {}
+    start, end = _start(loop), loop.scores.recall(loop.num_steps, cfg.evaluation.temperature)
     if start:
         summary |= _start_scores(start)
-    if end is not None:
-        summary["osft_pass_at_1"] = end.pass_at_1
-        summary["evaluation_temperature"] = end.temperature
-        if start:
-            found = compare(start[0], end, k=1, seed=cfg.seed)
-            summary["gain"] = found.gain
-            summary["gain_ci95"] = [found.interval.low, found.interval.high]
-            summary["gain_p_value"] = found.p_value
+    if any(step == 0 for step, _ in unscored):
+        # The best of those that are there need not be the best.
+        lacking = OF_THE_START if not start else OF_THE_START[1:-1]
+        summary |= dict.fromkeys(lacking)
+    elif not start and end is not None and cfg.evaluation.before:
+        loop.console.say("the scores of the starting model are not here: no gain will be told")
+    if end is not None or (loop.num_steps, cfg.evaluation.temperature) in unscored:
+        summary["osft_pass_at_1"] = None if end is None else end.pass_at_1
+        summary["evaluation_temperature"] = cfg.evaluation.temperature
+    if end is not None and start:
+        found = compare(start[0], end, k=1, seed=cfg.seed)
+        summary["gain"] = found.gain
+        summary["gain_ci95"] = [found.interval.low, found.interval.high]
+        summary["gain_p_value"] = found.p_value
+    elif unscored and (end is None or cfg.evaluation.before):
+        summary |= dict.fromkeys(("gain", "gain_ci95", "gain_p_value"))
+    if unscored:
+        summary["unscored"] = [
+            {"step": step, "temperature": tau, "reason": reason}
+            for (step, tau), reason in sorted(unscored.items())
+        ]
     return summary
+
+
+def _start(loop: OsftLoop) -> list[Evaluation]:
+    """The starting model's evaluations, at the evaluation temperature first; [] without that."""
+    cfg = loop.config.evaluation
+    asked = dict.fromkeys((cfg.temperature, *cfg.baseline_temperatures))
+    found = [at for tau in asked if (at := loop.scores.recall(0, tau)) is not None]
+    return found if found and found[0].temperature == cfg.temperature else []
 
 
 def seconds_of(clock: Clock) -> dict[str, float]:
@@ -74,20 +108,23 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """Before and after, and where the time went."""
     if "osft_pass_at_1" in summary:
         rows = []
-        tau = f"{summary['evaluation_temperature']:g}"
+        tau = summary["evaluation_temperature"]
         if "base_pass_at_1" in summary:
-            best = f"{summary['base_best_temperature']:g}"
-            rows.append(["base model", tau, _percent(summary["base_pass_at_1"])])
+            best, at_best = (
+                summary[name]
+                for name in ("base_best_temperature", "base_best_temperature_pass_at_1")
+            )
+            rows.append(["base model", f"{tau:g}", _percent(summary["base_pass_at_1"])])
             rows.append(
                 [
                     "base model, best temperature",
-                    best,
-                    _percent(summary["base_best_temperature_pass_at_1"]),
+                    NOT_SCORED if best is None else f"{best:g}",
+                    _percent(at_best),
                 ]
             )
-        rows.append(["after OSFT", tau, _percent(summary["osft_pass_at_1"])])
+        rows.append(["after OSFT", f"{tau:g}", _percent(summary["osft_pass_at_1"])])
         console.table("pass@1 on held-out problems", ["model", "temperature", "pass@1"], rows)
-    if "gain" in summary:
+    if summary.get("gain") is not None:
         low, high = (100 * bound for bound in summary["gain_ci95"])
         console.say(
             f"gain {100 * summary['gain']:+.1f} points, 95% interval {low:+.1f} to {high:+.1f} "
@@ -103,5 +140,24 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         console.say(f"{summary['num_skipped_updates']} updates skipped; their batches: skipped/")
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
+def say_unscored(console: Console, run: Path, summary: dict[str, Any]) -> None:
+    """Which evaluations are missing, why, and the command that makes them."""
+    if "unscored" not in summary:
+        return
+    for lacking in summary["unscored"]:
+        step, tau, reason = (lacking[name] for name in ("step", "temperature", "reason"))
+        console.say(f"not scored: step {step} at temperature {tau:g}: {reason}")
+    steps = sorted({int(lacking["step"]) for lacking in summary["unscored"]})
+    kept = steps_kept(run)
+    if there := [step for step in steps if step in kept]:
+        named = ",".join(map(str, there))
+        console.say(f"to score them: osft evaluate --run {run} 'evaluation.steps=[{named}]'")
+    if gone := [str(step) for step in steps if step not in kept]:
+        console.say(
+            f"the weights after step {', '.join(gone)} are in no checkpoint (checkpoint.every, "
+            "keep_last, keep_every)"
+        )
+
+
+def _percent(value: float | None) -> str:
+    return NOT_SCORED if value is None else f"{100 * value:.1f}%"

@@ -187,7 +187,11 @@ def test_told_to_stop_between_two_temperatures_the_start_is_scored_anew(
     assert not (out / "rollouts").exists()
     finish(config, TP2)
     scored = read_lines(out / "evaluations.jsonl")
-    assert scored == read_lines(undisturbed / "evaluations.jsonl")
+    for ours, theirs in zip(scored, read_lines(undisturbed / "evaluations.jsonl"), strict=True):
+        # In another layout the actor's figures of single tokens are rounded otherwise.
+        probed = {name: value for name, value in theirs.items() if "/probe_" in name}
+        assert {name: ours[name] for name in probed} == pytest.approx(probed, abs=1e-5)
+        assert ours | probed == theirs
     assert [row["eval/temperature"] for row in scored] == [1.0, 0.0, 1.0]
 
 

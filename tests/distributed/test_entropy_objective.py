@@ -20,13 +20,13 @@ from osft_mcore.config.schema import (
     AnnealingConfig,
     CheckpointConfig,
     DataConfig,
-    EvaluationConfig,
     ModelConfig,
     ParallelConfig,
     RolloutConfig,
     RunConfig,
     TrainConfig,
 )
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.log.console import Console
 from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology

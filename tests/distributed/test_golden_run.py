@@ -64,6 +64,7 @@ class Run:
 def osft(_rank: int, start: Start, out: Path, topology: Topology) -> None:
     context = join_groups(topology, device=torch.device("cpu"))
     config = toy_config(start, out, topology)
+    config = replace(config, evaluation=replace(config.evaluation, scorer="boxed_math"))
     check(config, world_size=topology.world_size, phase="train", device="cpu")
     run_osft(config, context, Console(enabled=False), build_torch_engine)
 
@@ -91,7 +92,9 @@ def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]])
             elif float(value).is_integer():
                 assert ours[name] == value, at
             else:
-                assert ours[name] == pytest.approx(value, rel=TOLERANCE), at
+                # Of the probe some figures are single tokens', and near 0.
+                near = TOLERANCE if "/probe_" in name else None
+                assert ours[name] == pytest.approx(value, rel=TOLERANCE, abs=near), at
 
 
 def record(root: Path) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_resume import TP1, TP2, dies, finish, resume_config
 from toy_run import Start, read_lines, write_start
 
-from osft_mcore.config.schema import EvaluationConfig, RunConfig
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train.resume import ResumePoint, candidates, resume_point

@@ -17,7 +17,8 @@ from torch_engine import build_torch_engine
 from toy_run import Start, read_lines, toy_config, write_start
 
 from osft_mcore.config.check import check
-from osft_mcore.config.schema import EvaluationConfig, Phase, RunConfig, SyncConfig
+from osft_mcore.config.schema import Phase, RunConfig, SyncConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.data.solutions import convert_solutions
 from osft_mcore.errors import ConfigError, NothingLeft, Stopped
 from osft_mcore.log.console import Console

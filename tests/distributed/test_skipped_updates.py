@@ -24,7 +24,8 @@ from toy_run import Start, read_lines, toy_config, write_start
 
 from osft_mcore.actor.actor import Actor
 from osft_mcore.checkpoint.folder import checkpoints_in
-from osft_mcore.config.schema import CheckpointConfig, DataConfig, EvaluationConfig, RunConfig
+from osft_mcore.config.schema import CheckpointConfig, DataConfig, RunConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.errors import AgreementError, NonFiniteError, WeightError
 from osft_mcore.log.console import Console
 from osft_mcore.log.run_folder import RunFolder

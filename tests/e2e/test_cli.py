@@ -1,13 +1,16 @@
 """What the command line says without starting a run."""
 
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from program import forked, outcome, started
+from program import as_rank, forked, outcome, started
+from toy_run import MODEL, START, TASK
 
 from osft_mcore import __version__
 from osft_mcore.config.load import default_config_dir, load_config
+from osft_mcore.data.arithmetic import write_arithmetic
 
 PRESETS = sorted(path.stem for path in (default_config_dir() / "experiment").glob("*.yaml"))
 
@@ -132,3 +135,33 @@ def test_doctor_names_versions_and_kernels(tmp_path: Path) -> None:
         "linear layers", "attention", "norms", "rope", "adam", "cross-entropy",
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_harness_is_not_told_to_run_foreign_code(tmp_path: Path) -> None:
+    given = ["evaluate", "--lm-eval", "gsm8k", "--lm-eval-args=--trust_remote_code"]
+    result = forked([*given, "--dry-run", f"experiment={PRESETS[0]}"], tmp_path)
+    assert (result.code, result.out) == (2, "")
+    assert "--lm-eval-args: '--trust_remote_code' is not passed on; known: " in result.err
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "line"),
+    [
+        (["--lm-eval-args", "--limit 3"], None, "--lm-eval-args: they are for --lm-eval, which"),
+        (["--lm-eval", "gsm8k"], as_rank(0, 1), "--lm-eval: the harness runs when the ranks have"),
+        (["--lm-eval", "my.yaml"], None, "--lm-eval: 'my.yaml' is not a file"),
+    ],
+)
+def test_a_harness_that_cannot_run_is_refused_before_anything_is_built(
+    given: list[str], launcher: dict[str, str] | None, line: str, tmp_path: Path
+) -> None:
+    files = write_arithmetic(tmp_path / "data", TASK, MODEL)
+    shutil.copyfile(START, files.model / "model.safetensors")
+    options = [
+        f"model.path={files.model}", f"evaluation.files=[{files.eval}]", "output_dir=scores",
+        "rollout.max_prompt_tokens=16", "rollout.max_response_tokens=20", "model.dtype=fp32",
+    ]  # fmt: skip
+    result = forked(["evaluate", *given, *options], tmp_path, launcher)
+    assert result.code == 2, result
+    assert line in result.err
+    assert not (tmp_path / "scores").exists()

@@ -241,7 +241,9 @@ def test_a_model_is_scored_alone_as_a_run_scores_its_start(runs: Runs) -> None:
         kept = json_lines(folder / "evaluations" / name)
         assert kept == json_lines(runs.osft / "evaluations" / name)
     theirs = json_lines(runs.osft / "evaluations.jsonl")
-    assert json_lines(folder / "evaluations.jsonl") == [r for r in theirs if r["step"] == 0]
+    # The actor's look at some of the answers: here is no actor.
+    without = [{k: v for k, v in row.items() if "/probe_" not in k} for row in theirs]
+    assert json_lines(folder / "evaluations.jsonl") == [r for r in without if r["step"] == 0]
     # Options that no score depends on may be others.
     again = forked([*command, "logging.every=7", "train.lr=1e-3"], runs.root)
     assert again.code == 86
@@ -348,7 +350,9 @@ def test_every_evaluation_logs_the_documented_metrics(runs: Runs) -> None:
             for source in ("arithmetic", "seen")
             for k in (1, NUM_SAMPLES)
         }
-        assert set(record) - {"step"} == expected
+        # A share of nothing is not there.
+        shares = {name for name in expected if "_given_" in name}
+        assert expected - shares <= set(record) - {"step"} <= expected
         scored = pass_at_1(runs.answers(record["step"], int(record["eval/temperature"])))
         assert record["eval/pass_at_1"] == pytest.approx(scored)
 

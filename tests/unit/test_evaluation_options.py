@@ -3,7 +3,8 @@
 import pytest
 
 from osft_mcore.config.evaluation import benchmark_files, sweep, temperatures
-from osft_mcore.config.schema import DataConfig, EvaluationConfig, RunConfig
+from osft_mcore.config.schema import DataConfig, RunConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 
 
 @pytest.mark.parametrize(
@@ -59,8 +60,10 @@ def test_temperatures_come_once_and_in_order() -> None:
 def test_a_bare_name_is_a_benchmark() -> None:
     config = RunConfig(
         data=DataConfig(folder="sets"),
-        evaluation=EvaluationConfig(files=("math500", "own.parquet", "./aime", "a/b.parquet")),
+        evaluation=EvaluationConfig(
+            files=("math500", "gsm8k", "own.parquet", "./aime", "a/b.parquet")
+        ),
     )
     assert benchmark_files(config) == (
-        "sets/math500.parquet", "own.parquet", "./aime", "a/b.parquet",
+        "sets/math500.parquet", "sets/gsm8k_test.parquet", "own.parquet", "./aime", "a/b.parquet",
     )  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 from torch import Tensor
 
-from osft_mcore.config.schema import EvaluationConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.errors import DataError, GradingError
 from osft_mcore.evaluation.evaluator import EVALUATION_SEED_OFFSET, Evaluator, read_answers
 from osft_mcore.evaluation.grading import Grader
@@ -115,9 +115,9 @@ def evaluator(
 
 def result(evaluator: Evaluator, *, step: int = 3, temperature: float = 1.0) -> Evaluation:
     answers: list[Answer] = []
-    for _, graded in evaluator.graded(step, temperature):
-        assert graded is not None
-        answers += graded
+    for portion in evaluator.graded(step, temperature):
+        assert portion.answers is not None
+        answers += portion.answers
     evaluation = evaluator.evaluation(step, temperature, answers)
     assert evaluation is not None
     return evaluation
@@ -159,6 +159,13 @@ def test_metrics_by_hand(grader: Grader) -> None:
         "eval/sums/too_large": 0,
         "eval/sums/timeouts": 0,
         "eval/sums/errors": 0,
+        "eval/sums/format_error": pytest.approx(1 / 8),
+        "eval/sums/logic_error": pytest.approx(4 / 8),
+        "eval/sums/ungraded": 0.0,
+        # The one without an answer is the one that was cut off.
+        "eval/sums/format_error_given_not_truncated": 0.0,
+        "eval/sums/correct_given_parsed": pytest.approx(3 / 7),
+        "eval/sums/logic_error_given_parsed": pytest.approx(4 / 7),
         "eval/products/pass@1": 0.0,
         "eval/products/pass@2": 0.0,
         "eval/products/pass@4": 0.0,
@@ -170,6 +177,12 @@ def test_metrics_by_hand(grader: Grader) -> None:
         "eval/products/too_large": 0,
         "eval/products/timeouts": 0,
         "eval/products/errors": 0,
+        "eval/products/format_error": 0.25,
+        "eval/products/logic_error": 0.75,
+        "eval/products/ungraded": 0.0,
+        "eval/products/format_error_given_not_truncated": 0.25,
+        "eval/products/correct_given_parsed": 0.0,
+        "eval/products/logic_error_given_parsed": 1.0,
     }
 
 
@@ -213,7 +226,8 @@ def test_greedy_draws_one_sample_which_all_the_others_would_be(grader: Grader) -
 def test_a_rank_without_a_grader_takes_part_and_returns_none() -> None:
     engine = ScriptedEngine(SCRIPT)
     portions = list(evaluator(engine, None, portion=4).graded(3, 1.0))
-    assert portions == [(0, None), (1, None), (2, None)]
+    assert [(p.number, p.answers) for p in portions] == [(0, None), (1, None), (2, None)]
+    assert [len(portion.responses) for portion in portions] == [4, 4, 4]
     assert len(engine.samplings) == 3
 
 
@@ -231,7 +245,7 @@ def test_portions_change_nothing(grader: Grader, portion: int) -> None:
 def test_portions_that_are_there_are_left_out(grader: Grader) -> None:
     engine = ScriptedEngine(SCRIPT)
     cut = evaluator(engine, grader, portion=4)
-    assert [number for number, _ in cut.graded(3, 1.0, skip={0, 1})] == [2]
+    assert [portion.number for portion in cut.graded(3, 1.0, skip={0, 1})] == [2]
     assert [prompt.prompt_id for prompt in engine.last] == ["products/0"]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from osft_mcore.config.schema import EvaluationConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.errors import GradingError
 from osft_mcore.evaluation.grading import Grader
 from osft_mcore.evaluation.limits import MAX_ANSWER_CHARS

@@ -12,7 +12,7 @@ from pathlib import Path
 from hostile_answers import GOLD, responses
 from test_verifier_oracle import ORACLE, sample
 
-from osft_mcore.config.schema import EvaluationConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.evaluation.grading import Grader
 from osft_mcore.evaluation.scorers import Grade, Sample
 

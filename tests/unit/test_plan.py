@@ -321,7 +321,7 @@ QWEN3_8B = big(32, 8, 12288, 4096, 151936)
 LLAMA3_70B = big(64, 8, 28672, 8192, 128256)
 
 
-# Nine layers leave stages uneven. 24 heads are shared among 3 and 6 as well, 28 not among 8.
+# 24 heads are shared among 3 and 6 as well, 28 not among 8.
 WHOLE_SHAPES = {
     "Qwen2.5-7B": (QWEN25_7B, {1, 2, 4}),
     "Qwen3-8B": (QWEN3_8B, {1, 2, 4, 8}),
@@ -333,6 +333,8 @@ WHOLE_SHAPES = {
 @pytest.mark.parametrize("name", WHOLE_SHAPES)
 def test_the_least_bytes_move_between_all_layouts(name: str) -> None:
     shape, actor_sizes = WHOLE_SHAPES[name]
+    # Uneven on 2, 3 and 4 stages and on 4 chunks, as more would be.
+    shape = dataclasses.replace(shape, num_layers=5)
     pairs = list(layout_pairs(shape))
     assert {at.tp for at in pairs} == actor_sizes
     assert {at.rollout_tp for at in pairs} == actor_sizes & {1, 2, 4, 8}

@@ -14,7 +14,6 @@ import pytest
 from data_preparation.catalog import DATA_SETS
 from data_preparation.command import Request, prepare
 from data_preparation.convert import Options
-from data_preparation.hub import fetch_if_installed
 
 from osft_mcore.data.arithmetic import TinyModel, write_model_folder
 from osft_mcore.data.parquet import data_sha256
@@ -488,6 +487,18 @@ def test_sources_that_do_not_fit_are_named_together(tmp_path: Path) -> None:
         run("math500", "amc", local=source / "amc.parquet", out=out)
 
 
+def test_lists_of_accepted_answers_stay_lists(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": question}], "data_source": "amc",
+         "reward_model": {"ground_truth": golds}}
+        for question, golds in (("q", ["1", "one"]), ("r", ["2"]), ("s", "3"))
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "amc.jsonl", rows)
+    run("amc", local=tmp_path / "amc.jsonl", out=tmp_path / "data")
+    prompts = load(tmp_path / "data" / "amc.parquet", tokenizer)
+    assert [prompt.ground_truth for prompt in prompts] == [("1", "one"), "2", "3"]
+
+
 def test_nothing_left_is_refused_and_nothing_written(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "data"
     write_jsonl(source / "math500.jsonl", [MATH500])
@@ -533,9 +544,13 @@ def test_the_tool_prints_the_counts(tmp_path: Path) -> None:
     assert again.stderr.startswith("prepare_data: --out: ")
 
 
-@pytest.mark.skipif(fetch_if_installed() is not None, reason="the package datasets is installed")
 def test_the_missing_package_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOL), "math500", "--out", str(tmp_path / "data")]
+    hidden = (
+        "import runpy, sys; sys.modules['datasets'] = None; sys.argv = sys.argv[1:]; "
+        "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", hidden, str(TOOL), "math500", "--out", str(tmp_path / "data")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
     assert "pip install -e '.[data]', or name a local copy (--from)" in ran.stderr

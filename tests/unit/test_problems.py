@@ -110,7 +110,18 @@ def test_a_plain_text_column_under_another_name(load: Load) -> None:
     assert load(rows, prompt_key="question").prompts[0].text == "<bos>5+5=?\n"
 
 
-@pytest.mark.parametrize(("truth", "expected"), [(7, "7"), (0, "0"), (2.5, "2.5"), ("x", "x")])
+@pytest.mark.parametrize(
+    ("truth", "expected"),
+    [
+        (7, "7"),
+        (0, "0"),
+        (2.5, "2.5"),
+        ("x", "x"),
+        (["1", "x"], ("1", "x")),
+        ([7, 8], ("7", "8")),
+        ([2.5], "2.5"),
+    ],
+)
 def test_ground_truth_becomes_text(load: Load, truth: Any, expected: str) -> None:
     assert load([problem(truth=truth)]).prompts[0].ground_truth == expected
 
@@ -168,7 +179,10 @@ def test_bad_rows_are_reported_together(load: Load) -> None:
         ([problem() | {"reward_model": "3"}], r"'reward_model' has type string.*ground_truth"),
         ([problem() | {"reward_model": {"gt": "3"}}], r"expected a struct with ground_truth"),
         ([problem() | {"data_source": 3}], r"column 'data_source' has type int64"),
-        ([problem(truth=["1", "2"])], r"row 0: reward_model\.ground_truth is a list"),
+        ([problem(truth=[["1"], ["2"]])], r"row 0: reward_model\.ground_truth is a list"),
+        ([problem(truth=["1", " "])], r"row 0: no reward_model\.ground_truth"),
+        ([problem(truth=["1", None])], r"row 0: no reward_model\.ground_truth"),
+        ([problem(truth=["1"]), problem(truth=[])], r"row 1: no reward_model\.ground_truth"),
         ([problem(truth=True)], r"row 0: reward_model\.ground_truth is a bool"),
         ([problem(truth=float("nan"))], r"row 0: no reward_model\.ground_truth"),
     ],

@@ -153,6 +153,23 @@ def test_scores_of_lines_alone_have_no_band(tmp_path: Path) -> None:
     assert "step 4\npass@1: 25%\n" in shown(run).charts["pass-at-k-steps"] + "\n"
 
 
+def test_the_entropy_of_probed_answers_is_drawn_by_benchmark(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    sources = [f"s{number}" for number in range(7)]
+    rows = [
+        {"step": step, "eval/temperature": tau, "eval/pass_at_1": 0.25}
+        | {f"eval/{source}/probe_entropy_mean": tau + 0.125 * step for source in sources}
+        for step in (0, 4)
+        for tau in (1.0, 0.0)
+    ]
+    write_lines(run / "evaluations.jsonl", rows[:1])
+    assert "probe-entropy" not in shown(run).charts, "one step is no curve"
+    write_lines(run / "evaluations.jsonl", rows)
+    chart = shown(run).charts["probe-entropy"]
+    assert "step 4\ns0: 1.5" in chart
+    assert "temperature 1; not shown: s6" in chart
+
+
 def test_runs_side_by_side(scored: Path, tmp_path: Path) -> None:
     other = write_run(tmp_path / "other")
     # The same problems in another order.
@@ -173,6 +190,13 @@ def test_another_expected_answer_is_another_problem(scored: Path, tmp_path: Path
     rows = [row | {"ground_truth": "other"} for row in answer_rows([[True, True]] * 4)]
     write_lines(other / "evaluations" / "step_0_temperature_1.jsonl", rows)
     assert "0 of 8 are those of the first row" in shown(scored, other).text
+
+
+def test_of_several_expected_answers_all_are_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    rows = [row | {"ground_truth": ["1/2", "0.5"]} for row in answer_rows([[True, True]] * 4)]
+    write_lines(run / "evaluations" / "step_0_temperature_1.jsonl", rows)
+    assert "correct; expected 1/2 or 0.5" in shown(run, num_samples=1).text
 
 
 def test_a_folder_of_scores_is_a_run(tmp_path: Path) -> None:
@@ -238,6 +262,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     text = shown(run).text
     for told in ("metrics.jsonl, line 2", "config.yaml", "step_0_temperature_1.json"):
         assert f"{told}: cannot be read" in text
+
+
+def test_evaluations_that_did_not_come_are_counted(tmp_path: Path) -> None:
+    lacking = [{"step": step, "temperature": 1.0, "reason": "ended"} for step in (2, 4)]
+    unscored = {"steps": 4, "gain": None, "gain_ci95": None, "unscored": lacking}
+    assert (
+        "evaluations that are missing 2"
+        in shown(write_run(tmp_path / "run", summary=unscored)).text
+    )
+    assert "evaluations that are missing" not in shown(write_run(tmp_path / "other")).text
 
 
 def test_interruptions_and_skipped_updates(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from osft_mcore.config.schema import SCORERS as NAMES
-from osft_mcore.config.schema import EvaluationConfig
+from osft_mcore.config.schema_evaluation import SCORERS as NAMES
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.errors import GradingError
 from osft_mcore.evaluation.grading import Grader
 from osft_mcore.evaluation.scorers import SCORERS, Sample

@@ -84,8 +84,8 @@ def load(file: Path, tokenizer: ChatTokenizer, **options: Any) -> SftData:
 
 def test_a_line_comes_back_as_it_was_sampled(tmp_path: Path) -> None:
     prompt = Prompt(
-        row=4, prompt_id="x", data_source="s", text="<bos>1\n", token_ids=(1, 4), ground_truth="é",
-        messages=(Message(role="user", content="1\u2028"),),
+        row=4, prompt_id="x", data_source="s", text="<bos>1\n", token_ids=(1, 4),
+        ground_truth=("é", "2"), messages=(Message(role="user", content="1\u2028"),),
     )  # fmt: skip
     response = Response(
         prompt=prompt, sample_index=1, token_ids=(7, 2), token_logprobs=(), truncated=False,
@@ -97,10 +97,22 @@ def test_a_line_comes_back_as_it_was_sampled(tmp_path: Path) -> None:
     one, two = read_solutions(file, option="--solutions")
     assert one == dataclasses.replace(two, sample=1)
     assert one == Solution(
-        row=4, prompt_id="x", sample=1, data_source="s", ground_truth="é", prompt=prompt.messages,
-        prompt_token_ids=(1, 4), response="\n(7, 2)", response_token_ids=(7, 2), truncated=False,
-        tau_sample=0.3,
+        row=4, prompt_id="x", sample=1, data_source="s", ground_truth=("é", "2"),
+        prompt=prompt.messages, prompt_token_ids=(1, 4), response="\n(7, 2)",
+        response_token_ids=(7, 2), truncated=False, tau_sample=0.3,
     )  # fmt: skip
+
+
+def test_several_accepted_answers_make_a_column_of_lists(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    rows = [row(0), row(1, ground_truth=["3", "4"]), row(2), row(3)]
+    converted(tmp_path, rows, val_share=0.5)
+    train, val = (pq.read_table(tmp_path / name) for name in ("sft.parquet", "sft_val.parquet"))
+    assert train.schema == val.schema
+    found = {r["row"]: r["ground_truth"] for t in (train, val) for r in t.to_pylist()}
+    assert found == {0: ["3"], 1: ["3", "4"], 2: ["3"], 3: ["3"]}
+    assert len(load(tmp_path / "sft.parquet", tokenizer).examples) == 2
 
 
 @pytest.mark.parametrize("truncated", ["drop", "keep"])

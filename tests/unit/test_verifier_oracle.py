@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from osft_mcore.config.schema import EvaluationConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.evaluation.grading import Grader
 from osft_mcore.evaluation.scorers import Sample
 

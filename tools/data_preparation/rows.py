@@ -11,7 +11,7 @@ from typing import Any
 from data_preparation.catalog import AnswerForm, DataSet
 from osft_mcore.data.parquet import to_messages
 from osft_mcore.evaluation.answers import last_boxed
-from osft_mcore.records import Message
+from osft_mcore.records import GroundTruth, Message
 
 OWN_COLUMNS = ("prompt", "reward_model")
 """A file that has both is in this project's layout already."""
@@ -55,7 +55,8 @@ class Problem:
     """One row of the output."""
 
     messages: tuple[Message, ...]
-    ground_truth: str
+    ground_truth: GroundTruth
+    """A tuple only where the source is in this project's layout and has lists."""
     given_id: str | None
     key: str
     """SHA-256 of the question as it was given."""
@@ -107,13 +108,15 @@ def to_problem(
         messages = to_messages(question, system_prompt=system, prompt_suffix=suffix)
     except ValueError as reason:
         raise Unusable(str(reason)) from reason
-    answer = _answer(row.get(columns.answer))
+    cell = row.get(columns.answer)
+    answer = _answer(cell)
     response = row.get("response") if columns.own_layout else answer
     given_id = row.get(columns.given_id) if columns.given_id else None
-    form = "plain" if columns.own_layout else data_set.answer_form
     return Problem(
         messages=tuple(messages),
-        ground_truth=_ground_truth(answer, form),
+        ground_truth=_accepted(cell)
+        if columns.own_layout
+        else _ground_truth(answer, data_set.answer_form),
         given_id=None if given_id in (None, "") else str(given_id),
         key=_key(given),
         response=response if data_set.with_response and isinstance(response, str) else None,
@@ -169,6 +172,14 @@ def _answer(cell: Any) -> str:
     if not str(cell).strip():
         raise Unusable("no answer")
     return str(cell)
+
+
+def _accepted(cell: Any) -> GroundTruth:
+    """In this project's layout one of a list is enough; elsewhere all are asked for, and joined."""
+    golds = cell.get("ground_truth") if isinstance(cell, dict) else None
+    if isinstance(golds, list) and len(golds) > 1:
+        return tuple(map(_answer, golds))
+    return _answer(cell)
 
 
 def _ground_truth(answer: str, form: AnswerForm) -> str:

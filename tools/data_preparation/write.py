@@ -11,6 +11,7 @@ from data_preparation.catalog import DataSet
 from data_preparation.rows import Problem
 from osft_mcore import __version__
 from osft_mcore.files import FileRecord, flush, json_bytes, record_of, rename, replace_file
+from osft_mcore.records import listed
 
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _PROBLEM = {
@@ -31,6 +32,11 @@ def problem_table(data_set: DataSet, split: str, problems: Sequence[Problem]) ->
     given = {problem.given_id for problem in problems}
     use_given = None not in given and len(given) == len(problems)
     schema = dict(_PROBLEM)
+    several = any(not isinstance(problem.ground_truth, str) for problem in problems)
+    if several:
+        schema["reward_model"] = pa.struct(
+            {"ground_truth": pa.list_(pa.string()), "style": pa.string()}
+        )
     if any(problem.response is not None for problem in problems):
         schema["response"] = pa.string()
     rows = [
@@ -38,7 +44,10 @@ def problem_table(data_set: DataSet, split: str, problems: Sequence[Problem]) ->
             "prompt": [{"role": m.role, "content": m.content} for m in problem.messages],
             "data_source": data_set.data_source,
             "ability": data_set.ability,
-            "reward_model": {"ground_truth": problem.ground_truth, "style": data_set.style},
+            "reward_model": {
+                "ground_truth": listed(problem.ground_truth) if several else problem.ground_truth,
+                "style": data_set.style,
+            },
             "id": problem.given_id if use_given else problem.key[:ID_CHARS],
             "extra_info": {"split": split, "index": problem.index},
             "response": problem.response,

@@ -9,7 +9,7 @@ from statistics import median
 from math_verify import parse, verify
 
 from grading_benchmark.answers import Pair, ordinary_pairs
-from osft_mcore.config.schema import EvaluationConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.evaluation.grading import Grader
 from osft_mcore.evaluation.scorers import Question, Sample, ScorerOptions, boxed_math
 

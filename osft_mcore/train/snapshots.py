@@ -1,0 +1,111 @@
+"""What waits for the evaluator: a folder each, which counts once it has its READY file."""
+
+# Files only. The process that trains makes entries and the evaluator removes them.
+
+import hashlib
+import shutil
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.files import flush, json_bytes, parse_json, replace_file
+
+READY: Final = "READY"
+"""Written last; says what is to be scored."""
+END: Final = "END"
+"""Beside the entries, once there will be no more of them."""
+
+At = tuple[int, float]
+"""Which evaluation: after which step, at which temperature."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One evaluation to make."""
+
+    step: int
+    temperature: float
+    number: int
+    """In the order of asking; decides among those of one step."""
+    weights: str
+    """A Hugging Face folder, as an absolute path; empty: what the run started from."""
+
+    @property
+    def at(self) -> At:
+        """Which one it is."""
+        return self.step, self.temperature
+
+
+def snapshots_folder(config: RunConfig) -> Path:
+    """Where entries are; runs that share evaluation.snapshots have a folder each."""
+    run = Path(config.output_dir).resolve()
+    if not config.evaluation.snapshots:
+        return run / "snapshots"
+    token = hashlib.sha256(str(run).encode()).hexdigest()[:12]
+    return Path(config.evaluation.snapshots) / f"osft-{run.name}-{token}"
+
+
+def entry_folder(queue: Path, at: At) -> Path:
+    """Of one evaluation; also where its weights are, if they are for it alone."""
+    step, temperature = at
+    return queue / f"step_{step}_temperature_{temperature:g}"
+
+
+def publish(queue: Path, entry: Entry) -> None:
+    """Let the evaluator have it: what it names is there."""
+    folder = entry_folder(queue, entry.at)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / READY, json_bytes(asdict(entry)))
+    flush(queue)
+
+
+def is_waiting(queue: Path, at: At) -> bool:
+    """Published, and not removed yet."""
+    return (entry_folder(queue, at) / READY).is_file()
+
+
+def waiting(queue: Path) -> list[Entry]:
+    """All of them, in the order in which they are to be scored."""
+    found = [Entry(**_read(marker)) for marker in queue.glob(f"step_*/{READY}")]
+    return sorted(found, key=lambda entry: (entry.step, entry.number))
+
+
+def withdraw(queue: Path, at: At) -> None:
+    """Remove an entry and the weights in it. Half removed it does not count any more."""
+    folder = entry_folder(queue, at)
+    (folder / READY).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear(queue: Path, *, keep: Collection[At] = ()) -> list[Entry]:
+    """Remove everything but whole entries in `keep`; returns the whole ones that are gone."""
+    there = waiting(queue)
+    kept = {entry_folder(queue, at) for at in keep if is_waiting(queue, at)}
+    (queue / END).unlink(missing_ok=True)
+    for path in queue.glob("step_*_temperature_*"):
+        if path not in kept:
+            shutil.rmtree(path)
+    with suppress(OSError):
+        # Not empty, or not there.
+        queue.rmdir()
+    return [entry for entry in there if entry.at not in keep]
+
+
+def announce_end(queue: Path) -> None:
+    """No entry will be added."""
+    queue.mkdir(parents=True, exist_ok=True)
+    replace_file(queue / END, b"")
+
+
+def end_announced(queue: Path) -> bool:
+    """To be asked before `waiting`: what is there then is all that there will be."""
+    return (queue / END).is_file()
+
+
+def _read(marker: Path) -> dict[str, Any]:
+    found = parse_json(marker.read_bytes())
+    assert isinstance(found, dict), f"{marker} appears under its name when it is complete"
+    return found

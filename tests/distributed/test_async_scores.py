@@ -1,0 +1,173 @@
+"""What ranks leave for the evaluator and take from it; the test answers in its place."""
+
+import os
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from toy_run import Start, read_lines, toy_config, write_start
+
+from osft_mcore.actor.actor import Actor
+from osft_mcore.config.schema import RunConfig
+from osft_mcore.data.tokenizer import load_tokenizer
+from osft_mcore.evaluation.results import Answer
+from osft_mcore.log.console import Console
+from osft_mcore.log.metrics import Clock, MetricsLog
+from osft_mcore.log.run_folder import ASKED, RunFolder
+from osft_mcore.parallel.groups import ParallelContext, all_gather_json, join_groups
+from osft_mcore.parallel.topology import Topology
+from osft_mcore.rollout.engine import RolloutEngine
+from osft_mcore.train.evaluator_process import EvaluatorProcess
+from osft_mcore.train.inputs import load_held_out
+from osft_mcore.train.scores import AsyncScores, _go_on
+from osft_mcore.train.scoring import Scoring, open_scoring
+from osft_mcore.train.snapshots import entry_folder, is_waiting, waiting, withdraw
+from osft_mcore.train.start import build_actor
+
+TP2 = Topology(tp=2, pp=1, dp=1, rollout_tp=2)
+SLEEPS = (sys.executable, "-c", "import time; time.sleep(600)")
+FULL = "as many weights wait already as evaluation.max_waiting = 1 allows"
+ENDED = "the evaluator had ended"
+Json = dict[str, Any]
+
+
+def answer(scoring: Scoring, step: int, temperature: float) -> None:
+    """What the evaluator would leave behind, if every answer were right."""
+    answers = [
+        Answer(
+            data_source=source, prompt_id=prompt.prompt_id, sample_index=sample, text="",
+            ground_truth=prompt.ground_truth, prediction="", num_tokens=1, truncated=False,
+            score=1.0, correct=True, status="ok",
+        )
+        for source, prompts in scoring.held_out.by_source.items()
+        for prompt in prompts
+        for sample in range(4)
+    ]  # fmt: skip
+    scoring.keep(step, temperature, answers)
+
+
+def opened(config: RunConfig, scoring: Scoring, actor: Actor, queue: Path) -> AsyncScores:
+    return AsyncScores(
+        config=config, num_steps=9, scoring=scoring, actor=actor, queue=queue,
+        console=Console(enabled=False), evaluator=None, pending=[], unscored={}, num_asked=0,
+    )  # fmt: skip
+
+
+def life(rank: int, start: Start, out: Path) -> Json:
+    context = join_groups(TP2, device=torch.device("cpu"))
+    config = toy_config(start, out, TP2)
+    evaluation = replace(config.evaluation, mode="async", max_waiting=1, wait_minutes=0.0)
+    config = replace(config, evaluation=evaluation)
+    folder = RunFolder(out, writer=rank == 0)
+    folder.create()
+    with ExitStack() as stack:
+        scoring = stack.enter_context(scoring_without_engine(config, context, folder))
+        assert scoring is not None
+        scores = opened(config, scoring, build_actor(config, context), out / "snapshots")
+        return lived(scores, rank, context)
+
+
+def scoring_without_engine(config: RunConfig, context: ParallelContext, folder: RunFolder) -> Any:
+    tokenizer = load_tokenizer(config.model.path, None)
+    engine: RolloutEngine = None  # type: ignore[assignment]
+    return open_scoring(
+        config, context, engine, load_held_out(config, tokenizer), tokenizer, folder=folder,
+        metrics=MetricsLog(folder, config.logging, {}), console=Console(enabled=False),
+        clock=Clock(),
+    )  # fmt: skip
+
+
+def lived(scores: AsyncScores, rank: int, context: ParallelContext) -> Json:
+    """The same calls on both ranks; the first one also plays the evaluator, and sees to its end."""
+    told: Json = {}
+    if rank == 0:
+        scores.evaluator = EvaluatorProcess(scores.config, SLEEPS)
+    for step in (0, 2, 4):
+        scores.ask(step, 1.0)
+    if rank == 0:
+        told["waiting"] = [(entry.step, bool(entry.weights)) for entry in waiting(scores.queue)]
+        snapshot = waiting(scores.queue)[1].weights
+        told["snapshot"] = load_file(Path(snapshot) / "model.safetensors")
+        answer(scores.scoring, 0, 1.0)
+        withdraw(scores.queue, (0, 1.0))
+    scores.drain()
+    if rank == 0:
+        told["gone on"] = gone_on(scores)
+        # Nothing can be written there any more.
+        scores.queue.rename(scores.queue.with_name("moved"))
+        scores.queue.write_text("")
+    scores.ask(6, 1.0)
+    if rank == 0:
+        scores.queue.unlink()
+        scores.queue.with_name("moved").rename(scores.queue)
+        assert scores.evaluator is not None
+        os.kill(scores.evaluator.pid, signal.SIGKILL)
+        while not scores.evaluator.ended():
+            time.sleep(0.01)
+    scores.drain()
+    scores.ask(8, 1.0)
+    scores.finish(lambda: "")
+    # Both are here: neither has waited for the other in vain.
+    told["ranks"] = all_gather_json(rank, context)
+    told["unscored"] = {step: reason for (step, _), reason in scores.unscored.items()}
+    told["left"] = scores.queue.exists()
+    return told
+
+
+def gone_on(scores: AsyncScores) -> Json:
+    """What a start after this one would take up, if this one ended here after step 4."""
+    found = {}
+    for what in ("kept", "lost"):
+        queue = scores.queue.with_name(what)
+        again = opened(scores.config, scores.scoring, scores.actor, queue)
+        for entry in waiting(scores.queue):
+            again.publish(entry.at, entry_folder(queue, entry.at))
+        again.pending.clear()
+        if what == "lost":
+            withdraw(queue, (2, 1.0))
+        _go_on(again, 4)
+        found[what] = (again.pending, again.unscored, is_waiting(queue, (2, 1.0)))
+    return found
+
+
+def test_both_ranks_go_on_whatever_becomes_of_the_evaluator(tmp_path: Path) -> None:
+    start, out = write_start(tmp_path), tmp_path / "run"
+    first, second = run_ranks(life, 2, start=start, out=out)
+    assert first["ranks"] == second["ranks"] == [0, 1]
+    assert first["waiting"] == [(0, False), (2, True)], "step 4 had no room"
+    weights = load_file(start[1] / "model.safetensors")
+    assert set(weights) == set(first["snapshot"])
+    assert all(torch.equal(weights[name], tensor) for name, tensor in first["snapshot"].items())
+    reasons = first["unscored"]
+    assert "could not be written to" in reasons.pop(6)
+    assert reasons == {2: ENDED, 4: FULL, 8: ENDED}
+    assert second["unscored"] == {}
+    assert first["left"] is False
+    [row] = read_lines(out / "evaluations.jsonl")
+    assert (row["step"], row["eval/temperature"], row["eval/pass_at_1"]) == (0, 1.0, 1.0)
+    asked = [(row["step"], row["refusal"][:8]) for row in read_lines(out / ASKED)]
+    assert asked == [(0, ""), (2, ""), (4, FULL[:8]), (6, "its weig"), (8, ENDED[:8])]
+
+
+def test_a_later_start_takes_up_what_waits_and_remembers_what_was_left_out(
+    tmp_path: Path,
+) -> None:
+    first, _ = run_ranks(life, 2, start=write_start(tmp_path), out=tmp_path / "run")
+    assert first["gone on"] == {
+        "kept": ([(2, 1.0)], {(4, 1.0): FULL}, True),
+        "lost": (
+            [],
+            {
+                (2, 1.0): "its weights did not outlive an earlier start of the run",
+                (4, 1.0): FULL,
+            },
+            False,
+        ),
+    }
