@@ -461,7 +461,7 @@ def test_when_a_rank_is_lost_mid_push_the_others_stop_and_say_so(how: str, mode:
         message, last = results[rank]
         assert re.match(
             r"the push broke off while (sending|receiving) '\S+\.weight' .*(to|from) rank 2: "
-            r"a rank died, or did not answer within parallel\.timeout_minutes \(",
+            r"a rank died, or did not answer within deadlines\.sync \(",
             message,
         ), message
         assert last == f"refuses: weight version 2 was not delivered: {message}"
