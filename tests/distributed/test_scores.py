@@ -193,7 +193,7 @@ def test_more_temperatures_and_steps_go_on(start: Start, run: Path, undisturbed:
     config = scores_config(start, run, out)
     said = finish(config)
     assert said.startswith("NothingLeft: the scores are in")
-    more = scores_config(start, run, out, sweep="0:1:0.5", steps=(4,))
+    more = scores_config(start, run, out, sweep="0:1:0.5", steps=(4, 4))
     # 0.5 in three portions, and greedy in one.
     assert finish(more) == "done after 4 calls"
     assert len(read_lines(out / "evaluations.jsonl")) == 6
