@@ -59,7 +59,7 @@ def load_judge(scorer: str, timeout_s: float) -> Judge | str:
             return f"{path!r} is not a Python file"
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except Exception as error:  # Whatever a user's file raises is the answer.
+    except (Exception, SystemExit) as error:  # Whatever a user's file raises is the answer.
         return f"importing {path!r} failed: {_described(error)}"
     function = vars(module).get(name)
     if not callable(function):
@@ -72,7 +72,7 @@ def _file_judge(function: Callable[..., float]) -> Judge:
         try:
             gold = golds[0] if len(golds) == 1 else golds
             score = float(function(answer, gold, num_tokens))
-        except Exception as error:  # Whatever a user's function raises is the answer.
+        except (Exception, SystemExit) as error:  # Whatever a user's function raises is the answer.
             return {"kind": "error", "reason": _described(error)}
         if not math.isfinite(score):
             return {"kind": "error", "reason": f"the score is {score}, expected a finite number"}
@@ -138,5 +138,5 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"
