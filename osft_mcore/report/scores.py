@@ -80,8 +80,8 @@ def results_of(run: Run) -> list[Result]:
 def usual_temperature(run: Run, results: Sequence[Result]) -> float | None:
     """Where the run scores every model; the highest, if its options do not say."""
     there = {result.temperature for result in results}
-    asked = run.option("evaluation.temperature")
-    return float(asked) if asked in there else max(there, default=None)
+    asked = run.figure("evaluation.temperature")
+    return asked if asked in there else max(there, default=None)
 
 
 def score_charts(run: Run, results: Sequence[Result]) -> list[LineChart]:
@@ -254,7 +254,7 @@ def _of_report(kept: Json, step: int, temperature: float) -> Result | None:
             for name, found in kept["benchmarks"].items()
         }
         total = _figure(kept["pass_at_1"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError):
         return None
     return Result(step=step, temperature=temperature, by_benchmark=scores, pass_at_1=total)
 

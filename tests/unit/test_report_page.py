@@ -411,3 +411,49 @@ def test_the_command_imports_nothing_heavy(scored: Path) -> None:
     assert "jinja2" in found
     assert not heavy & found
     assert not {"numpy", "jinja2"} & set(imported("from osft_mcore import cli"))
+
+
+HUGE = 10**400
+"""JSON allows it, and no float holds it."""
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.yaml", {"evaluation": {"temperature": {}}, "model": {"dtype": []}}),
+        ("config.yaml", {"sync": {"max_logprob_diff": [1]}, "model": {"dtype": "fp32"}}),
+        ("config.yaml", {"rollout": {"tau_sample": HUGE}, "algorithm": {"tau_train": HUGE}}),
+        ("config.yaml", {"train": {"clip_grad": HUGE}}),
+        ("manifest.json", MANIFEST | {"changed_options": 1.0, "earlier": 3, "command": 4}),
+        ("metrics.jsonl", step_row(1) | {"loss/loss": HUGE}),
+        ("evaluations.jsonl", {"step": 0, "eval/temperature": HUGE, "eval/pass_at_1": HUGE}),
+        ("evaluations/step_0_temperature_1.jsonl", {"num_tokens": math.inf}),
+        ("evaluations/step_0_temperature_1.json", {"pass_at_1": {"value": 1, "ci95": []}}),
+        ("evaluations/step_0_temperature_1.json", {"pass_at_1": {"value": 1, "ci95": [0, HUGE]}}),
+        (
+            "evaluations/step_0_temperature_1.json",
+            {"benchmarks": {"sums": {"outcomes": {"correct": {"value": 1, "ci95": [None, 1]}}}}},
+        ),
+    ],
+)
+def test_values_that_nobody_wrote_break_no_page(
+    scored: Path, file: str, content: dict[str, Any]
+) -> None:
+    add_result(scored, 0, 1.0, (0.5, 0.4, 0.6))
+    found = scored / file
+    if file.endswith("1.jsonl"):
+        content = json.loads(found.read_text().splitlines()[0]) | content
+    elif file.endswith("1.json"):
+        content = json.loads(found.read_text()) | content
+    # YAML takes JSON.
+    found.write_text(json.dumps(content) + "\n")
+    assert shown(scored, num_samples=1).text
+
+
+def test_answers_that_are_not_whole_are_not_compared(scored: Path) -> None:
+    file = scored / "evaluations" / "step_4_temperature_1.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    add_result(scored, 4, 1.0, (0.5, 0.4, 0.6), (0.75, 0.5, 1.0))
+    text = shown(scored).text
+    assert "its answers are not here, or not whole" in text
+    assert "no interval known" in text
