@@ -145,6 +145,31 @@ def test_result_files_are_taken_as_they_are(tmp_path: Path) -> None:
     assert "its answers are not here, or not whole" in found.text
 
 
+def test_the_mean_of_benchmarks_has_its_bands(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    mean = {"1": {"value": 0.5, "ci95": [0.41, 0.59]}, "2": {"value": 0.75, "ci95": [0.7, 0.8]}}
+    for step in (0, 2):
+        add_result(run, step, 1.0, (0.5, 0.3, 0.7), (0.75, 0.6, 0.9))
+        file = run / "evaluations" / f"step_{step}_temperature_1.json"
+        kept = json.loads(file.read_text())
+        benchmarks = {name: kept["benchmarks"]["sums"] for name in ("sums", "products")}
+        kept |= {"pass@k": mean, "pass_at_1": mean["1"], "benchmarks": benchmarks}
+        file.write_text(json.dumps(kept))
+    chart = shown(run).charts["pass-at-k-steps"]
+    assert "step 2\npass@1: 50% (41% to 59%)\npass@2: 75% (70% to 80%)" in chart
+
+
+def test_the_best_temperature_is_that_of_the_highest_average(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", options=OPTIONS | {"evaluation": {"num_samples": 8}})
+    for step in (0, 4):
+        add_scores(run, step, 1.0, [[True] * 2 + [False] * 6] * 2)
+    add_scores(run, 0, 0.3, [[True] * 6 + [False] * 2, [False] * 8])
+    # Of 0.3 pass@1 is 37.5% and pass@8 50%, of 1 they are 25% and 100%.
+    assert "best temperature" not in shown(run).text
+    add_scores(run, 0, 0.6, [[True] * 4 + [False] * 4] * 2)
+    assert "pass@1 before, at its best temperature 50% temperature 0.6" in shown(run).text
+
+
 def test_scores_of_lines_alone_have_no_band(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     line = {"eval/temperature": 1.0, "eval/pass_at_1": 0.25, "eval/sums/pass@1": 0.25}
@@ -432,7 +457,7 @@ HUGE = 10**400
         ("evaluations/step_0_temperature_1.json", {"pass_at_1": {"value": 1, "ci95": [0, HUGE]}}),
         (
             "evaluations/step_0_temperature_1.json",
-            {"benchmarks": {"sums": {"outcomes": {"correct": {"value": 1, "ci95": [None, 1]}}}}},
+            {"benchmarks": {"sums": {"outcomes": {"correct": {"value": 1, "ci95": [1, None]}}}}},
         ),
     ],
 )
