@@ -420,6 +420,9 @@ def test_the_command(
     for arguments in (["nothing"], ["run", "--out", "no/where.html"], ["run", "--samples", "-1"]):
         assert cli.main(["report", *arguments]) == 2
     assert "'no/where.html' cannot be written: No such file" in capsys.readouterr().err
+    for arguments in (["--out", "a.html"], ["--samples", "2"]):
+        assert cli.main(["report", "run", "--sync", "wandb", *arguments]) == 2
+        assert "--sync: found it with --out or --samples" in capsys.readouterr().err
 
 
 def imported(code: str) -> Iterator[str]:
