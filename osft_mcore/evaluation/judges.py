@@ -88,7 +88,12 @@ def _algebra_judge(timeout_s: float, *, fast: bool) -> Judge:
     comparisons = stages(fast=fast)
 
     def judge(*, answer: str, golds: list[str], num_tokens: int) -> Reply:
-        replies = [_compare(comparisons, answer, gold, timeout_s / 3) for gold in golds]
+        replies: list[Reply] = []
+        for gold in golds:
+            replies.append(_compare(comparisons, answer, gold, timeout_s / 3))
+            if replies[-1].get("score"):
+                # The time of the others is not spent: one of them may be hard.
+                break
         # What is right by one is right; what is not known of one is not known.
         return max(replies, key=lambda reply: (reply.get("score", 0.0), reply["kind"] != "scored"))
 
