@@ -67,12 +67,12 @@ def _chosen(run: Run, results: Sequence[Result]) -> Iterator[tuple[str, Result]]
     trained = run.phase != "evaluate" or len({result.step for result in results}) > 1
     yield (begins if trained else "the model"), first
     start = [result for result in results if result.step == first.step]
-    best = max(start, key=lambda result: result.pass_at_1.value)
+    best = max(start, key=lambda result: result.average)
     if best is not first:
         yield "the same, best temperature", best
     if last is not first:
         yield "the last step" if run.finished else "the last so far", last
-        highest = max(usual[1:], key=lambda result: result.pass_at_1.value)
+        highest = max(usual[1:], key=lambda result: result.average)
         if highest is not last:
             yield "the best step", highest
 
