@@ -34,6 +34,8 @@ class Row:
     num_problems: int
     pass_at: dict[int, Figure]
     """By k, mean over benchmarks."""
+    average: float
+    """Of pass@1, 8 and 32, as far as there are samples."""
     gains: dict[int, Gain]
     """By k; empty for the reference and where `why_not` says why."""
     why_not: str
@@ -104,6 +106,7 @@ def _row(
         temperature=result.temperature,
         num_problems=sum(len(s.problems) for s in evaluation.sources) if evaluation else 0,
         pass_at=figures,
+        average=result.average,
         gains=gains,
         why_not=why_not,
     )

@@ -167,7 +167,12 @@ def test_the_best_temperature_is_that_of_the_highest_average(tmp_path: Path) -> 
     # Of 0.3 pass@1 is 37.5% and pass@8 50%, of 1 they are 25% and 100%.
     assert "best temperature" not in shown(run).text
     add_scores(run, 0, 0.6, [[True] * 4 + [False] * 4] * 2)
-    assert "pass@1 before, at its best temperature 50% temperature 0.6" in shown(run).text
+    text = shown(run).text
+    assert "pass@1 before, at its best temperature 50% temperature 0.6" in text
+    # (25% + 100%) / 2 and (50% + 100%) / 2, in the column after pass@8.
+    assert " average " in text
+    assert " 62.5% " in text
+    assert " 75% " in text
 
 
 def test_scores_of_lines_alone_have_no_band(tmp_path: Path) -> None:
