@@ -1,6 +1,6 @@
 """What of the evaluation's options cannot work."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from osft_mcore.config.evaluation import benchmark_files, sweep
@@ -27,8 +27,9 @@ def evaluation_problems(config: RunConfig, phase: Phase) -> Iterator[str]:
             f"evaluation.every: found {evaluation.every}, but evaluation.files is empty; "
             "name the files or set evaluation.every=0"
         )
+    swept: tuple[float, ...] = ()
     try:
-        sweep(evaluation.sweep)
+        swept = sweep(evaluation.sweep)
     except ValueError as error:
         yield f"evaluation.sweep: {error}"
     if phase != "evaluate":
@@ -37,8 +38,23 @@ def evaluation_problems(config: RunConfig, phase: Phase) -> Iterator[str]:
                 yield f"evaluation.{option}: it is for osft evaluate; leave it out"
     elif evaluation.steps and not evaluation.run:
         yield "evaluation.steps: they are of a run; set evaluation.run as well (or --run)"
+    yield from _temperatures(evaluation, swept)
     yield from _shots(evaluation)
     yield from _scoring(evaluation, config.rollout.max_response_tokens)
+
+
+def _temperatures(evaluation: EvaluationConfig, swept: Sequence[float]) -> Iterator[str]:
+    """Files of results are named by the temperature, in six digits: two must not share one."""
+    for option, found in (
+        ("temperature", (evaluation.temperature,)),
+        ("baseline_temperatures", evaluation.baseline_temperatures),
+        ("sweep", swept),
+    ):
+        if longer := [tau for tau in found if float(f"{tau:g}") != tau]:
+            yield (
+                f"evaluation.{option}: found {longer[0]!r}, expected at most six digits: files of "
+                "results are named by the temperature"
+            )
 
 
 def _shots(evaluation: EvaluationConfig) -> Iterator[str]:

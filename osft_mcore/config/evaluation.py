@@ -14,6 +14,8 @@ SPLITS: Final = MappingProxyType({"gsm8k": "gsm8k_test"})
 """Benchmarks whose file is one of several that tools/prepare_data.py writes."""
 MAX_SWEEP: Final = 100
 """Temperatures; more are a mistake in the step."""
+MAX_CORE: Final = 99_999
+"""No machine has a CPU core of a higher number; a slip must not become a list of millions."""
 
 
 def benchmark_files(config: RunConfig) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ def cores(text: str) -> tuple[int, ...]:
     for part in text.split(",") if text else ():
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         numbers = first.isdecimal() and (last.isdecimal() or not dash)
-        if not numbers or int(last or first) < int(first):
+        if not numbers or not int(first) <= int(last or first) <= MAX_CORE:
             raise ValueError(f"found {text!r}, expected numbers of CPU cores, as in 4-7,9")
         found += range(int(first), int(last or first) + 1)
     if len(set(found)) != len(found):

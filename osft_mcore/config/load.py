@@ -6,7 +6,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +34,8 @@ _EXPECTED: Final = {
     "tuple_type": "a list",
     "dataclass_type": "a section of options",
 }
+_NUMBERS: Final = re.compile(r"[\d.,:+-]+")
+"""What Hydra may take for a number, or for several: to an option that is a text it is a text."""
 
 
 def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> RunConfig:
@@ -69,7 +71,7 @@ def default_config_dir() -> Path:
 
 def leaf_paths() -> tuple[str, ...]:
     """Dotted paths of all options, in schema order."""
-    return tuple(path for path, is_leaf in _walk(RunConfig) if is_leaf)
+    return tuple(path for path, kind in _kinds(RunConfig) if not dataclasses.is_dataclass(kind))
 
 
 def as_options(config: RunConfig) -> dict[str, Any]:
@@ -103,14 +105,13 @@ def _renamed(value: Any) -> Any:
     return value
 
 
-def _walk(section: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
+def _kinds(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths of sections and options, with their types."""
     for field, kind in typing.get_type_hints(section).items():
         name = _written(field)
+        yield prefix + name, kind
         if dataclasses.is_dataclass(kind):
-            yield prefix + name, False
-            yield from _walk(typing.cast(type, kind), f"{prefix}{name}.")
-        else:
-            yield prefix + name, True
+            yield from _kinds(typing.cast(type, kind), f"{prefix}{name}.")
 
 
 def _escape(value: Any) -> Any:
@@ -128,25 +129,34 @@ def _parse_overrides(overrides: Sequence[str], folder: Path) -> tuple[list[str],
     """Split into what Hydra gets and what is wrong with the rest."""
     groups = {entry.name for entry in folder.iterdir() if entry.is_dir()}
     parser = OverridesParser.create()
+    texts = {path for path, kind in _kinds(RunConfig) if kind is str}
     accepted: list[str] = []
     problems: list[str] = []
-    for text in overrides:
+    for given in overrides:
+        text = _quoted(given, texts)
         try:
             override = parser.parse_override(text)
         except HydraException:
             override = None
         if override is None or not override.key_or_group:
             problems.append(
-                f"{text!r}: not an override; expected key=value or group=choice "
+                f"{given!r}: not an override; expected key=value or group=choice "
                 "(text with spaces or special characters needs quotes: \"key='a, b'\")"
             )
             continue
-        problem = _override_problem(override, folder, groups)
+        problem = _override_problem(override, folder, groups, texts)
         if problem is None:
             accepted.append(_for_hydra(text, override, groups))
         else:
             problems.append(problem)
     return accepted, problems
+
+
+def _quoted(text: str, texts: Collection[str]) -> str:
+    """`evaluation.devices=6,7` names two GPUs; Hydra would take it for two runs to make."""
+    key, _, value = text.partition("=")
+    is_text = key.lstrip("+") in texts and _NUMBERS.fullmatch(value)
+    return f"{key}='{value}'" if is_text else text
 
 
 def _for_hydra(text: str, override: Override, groups: set[str]) -> str:
@@ -157,13 +167,15 @@ def _for_hydra(text: str, override: Override, groups: set[str]) -> str:
     return text
 
 
-def _override_problem(override: Override, folder: Path, groups: set[str]) -> str | None:
+def _override_problem(
+    override: Override, folder: Path, groups: set[str], texts: Collection[str]
+) -> str | None:
     key = override.key_or_group
     if override.is_sweep_override():
-        return (
-            f"{key}: found several values, expected one; a run takes one value "
-            f"(a list is written {key}=[a,b])"
-        )
+        hint = f"text with commas needs quotes: \"{key}='a,b'\""
+        if key not in texts:
+            hint = f"a list is written {key}=[a,b]"
+        return f"{key}: found several values, expected one; a run takes one value ({hint})"
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return f"{key}: Hydra only composes the options here; set output_dir for the run folder"
     if key not in groups or override.type is OverrideType.DEL:
@@ -282,7 +294,7 @@ def _show(value: Any) -> str:
 
 def _suggest(path: str) -> str:
     """`; did you mean ...?`: the same name in another section first, then close spellings."""
-    known = [candidate for candidate, _ in _walk(RunConfig)]
+    known = [candidate for candidate, _ in _kinds(RunConfig)]
     name = path.rsplit(".", 1)[-1]
     same_name = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == name]
     closest = difflib.get_close_matches(path, same_name, n=1, cutoff=0.8)

@@ -86,6 +86,10 @@ def read_table(
         raise file.error("no such file") from error
     except (OSError, pa.ArrowException) as error:
         raise file.error(f"not a readable parquet file ({error})") from error
+    try:
+        table.validate(full=True)
+    except pa.ArrowException as error:
+        raise file.error(f"its values are damaged, expected text in UTF-8 ({error})") from error
     if table.num_rows == 0:
         raise file.error("the file has no rows")
     if limit is not None and limit < 1:

@@ -16,6 +16,7 @@ from osft_mcore.data.parquet import (
     read_table,
     to_messages,
 )
+from osft_mcore.files import parse_json
 from osft_mcore.records import Message
 
 OPTION: Final = "evaluation.shots_file"
@@ -130,14 +131,18 @@ def _read(source: DataFile, prompt_key: str, response_key: str) -> list[tuple[st
 
 def _json_rows(source: DataFile) -> Iterator[Mapping[str, Any]]:
     try:
-        lines = source.path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = source.path.read_bytes().split(b"\n")
+    except OSError as error:
         raise source.error(f"cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            found = json.loads(line)
-        except ValueError:
-            found = None
+            found = parse_json(line)
+            # JSON may escape half of a surrogate pair, which no tokenizer takes.
+            json.dumps(found, ensure_ascii=False).encode()
+        except ValueError as error:
+            raise source.error(f"line {number} is no JSON ({error})") from error
         if not isinstance(found, dict):
             raise source.error(f"line {number} is no JSON object")
         yield found

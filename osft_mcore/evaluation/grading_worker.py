@@ -72,11 +72,15 @@ class Child:
 def _judge_lines(judge: Judge, alarm_s: float, questions: int, replies: int) -> None:
     # Nobody kills this process if its parent is dead. Then it does so itself: the default action.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    own_pid = os.getpid()
     with os.fdopen(questions, "rb") as lines:
         for line in lines:
             signal.setitimer(signal.ITIMER_REAL, alarm_s)
             reply = judge(**json.loads(line))
             signal.setitimer(signal.ITIMER_REAL, 0)
+            if os.getpid() != own_pid:
+                # The function has forked and came back twice: one answer has one reply.
+                return
             os.write(replies, _line(reply))
 
 

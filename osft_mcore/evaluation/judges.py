@@ -59,7 +59,7 @@ def load_judge(scorer: str, timeout_s: float) -> Judge | str:
             return f"{path!r} is not a Python file"
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except Exception as error:  # Whatever a user's file raises is the answer.
+    except (Exception, SystemExit) as error:  # Whatever a user's file raises is the answer.
         return f"importing {path!r} failed: {_described(error)}"
     function = vars(module).get(name)
     if not callable(function):
@@ -72,7 +72,7 @@ def _file_judge(function: Callable[..., float]) -> Judge:
         try:
             gold = golds[0] if len(golds) == 1 else golds
             score = float(function(answer, gold, num_tokens))
-        except Exception as error:  # Whatever a user's function raises is the answer.
+        except (Exception, SystemExit) as error:  # Whatever a user's function raises is the answer.
             return {"kind": "error", "reason": _described(error)}
         if not math.isfinite(score):
             return {"kind": "error", "reason": f"the score is {score}, expected a finite number"}
@@ -88,7 +88,12 @@ def _algebra_judge(timeout_s: float, *, fast: bool) -> Judge:
     comparisons = stages(fast=fast)
 
     def judge(*, answer: str, golds: list[str], num_tokens: int) -> Reply:
-        replies = [_compare(comparisons, answer, gold, timeout_s / 3) for gold in golds]
+        replies: list[Reply] = []
+        for gold in golds:
+            replies.append(_compare(comparisons, answer, gold, timeout_s / 3))
+            if replies[-1].get("score"):
+                # The time of the others is not spent: one of them may be hard.
+                break
         # What is right by one is right; what is not known of one is not known.
         return max(replies, key=lambda reply: (reply.get("score", 0.0), reply["kind"] != "scored"))
 
@@ -138,5 +143,5 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"

@@ -223,7 +223,11 @@ def report(
         "temperature": evaluation.temperature,
         "num_samples": evaluation.sources[0].num_asked,
         "shots": shots,
-        "pass_at_1": {"value": evaluation.pass_at_1, "ci95": pass_at_1_bounds(evaluation, seed)},
+        "pass_at_1": _figure([source.pass_values(1) for source in evaluation.sources], seed),
+        "pass@k": {
+            str(k): _figure([source.pass_values(k) for source in evaluation.sources], seed)
+            for k in ks_for(evaluation.sources[0].num_asked)
+        },
         "headline": {f"pass@{k}": value for k, value in found.pass_at.items()}
         | {"average": found.average},
         "benchmarks": {
@@ -247,7 +251,7 @@ def _source_report(source: SourceScores, num_dropped: int, seed: int) -> dict[st
     drawn = ks_for(source.num_samples)
 
     def figure(values: Sequence[float]) -> dict[str, Any]:
-        return {"value": _mean(values), "ci95": _bounds([values], seed)}
+        return _figure([values], seed)
 
     return {
         "num_problems": len(source.problems),
@@ -280,6 +284,11 @@ def _rate(rate: Rate, seed: int) -> dict[str, Any]:
     """Both None where nothing could count."""
     ci = ratio_ci(rate.counts, rate.of, seed=seed)
     return {"value": rate.value, "ci95": None if ci is None else [ci.low, ci.high]}
+
+
+def _figure(groups: Sequence[Sequence[float]], seed: int) -> dict[str, Any]:
+    """The unweighted mean over groups of each group's mean."""
+    return {"value": _mean([_mean(group) for group in groups]), "ci95": _bounds(groups, seed)}
 
 
 def _bounds(groups: Sequence[Sequence[float]], seed: int) -> list[float]:

@@ -41,8 +41,11 @@ def read_evaluation(run: Run, step: int, temperature: float) -> Evaluation | Non
     answers = [] if file is None else list(_answers(file))
     if not answers or any(answer is None for answer in answers):
         return None
+    groups = by_problem(a for a in answers if a is not None)
+    if len(set(map(len, groups.values()))) > 1:
+        return None
     by_source: dict[str, list[tuple[Answer, ...]]] = {}
-    for (source, _), group in by_problem(a for a in answers if a is not None).items():
+    for (source, _), group in groups.items():
         by_source.setdefault(source, []).append(group)
     asked = num_asked(run, step, temperature)
     return Evaluation(
@@ -93,11 +96,7 @@ def pass_at(evaluation: Evaluation, k: int, *, seed: int) -> tuple[float, Interv
 
 def largest_k(evaluation: Evaluation) -> int:
     """The largest k that there is a pass@k for in every data source."""
-    return min(
-        source.num_asked if source.num_samples < source.num_asked else
-        min(map(len, source.problems))
-        for source in evaluation.sources
-    )  # fmt: skip
+    return min(max(source.num_asked, source.num_samples) for source in evaluation.sources)
 
 
 def _answers(file: Path) -> Iterator[Answer | None]:
@@ -121,7 +120,7 @@ def _answer(row: Json) -> Answer | None:
             correct=bool(row["correct"]),
             status=row["status"],
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

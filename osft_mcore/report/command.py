@@ -34,6 +34,10 @@ def run_report(arguments: argparse.Namespace) -> None:
     """Write the page, or send the metrics. Raises ConfigError if a folder is no run."""
     if arguments.samples < 0:
         raise ConfigError(f"--samples: found {arguments.samples}, expected 0 or more")
+    if arguments.sync is not None and (arguments.out is not None or arguments.samples):
+        raise ConfigError(
+            "--sync: found it with --out or --samples, which are for the page; it writes none"
+        )
     from osft_mcore.report.run import read_runs
 
     runs = read_runs(arguments.runs)

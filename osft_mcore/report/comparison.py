@@ -34,6 +34,8 @@ class Row:
     num_problems: int
     pass_at: dict[int, Figure]
     """By k, mean over benchmarks."""
+    average: float
+    """Of pass@1, 8 and 32, as far as there are samples."""
     gains: dict[int, Gain]
     """By k; empty for the reference and where `why_not` says why."""
     why_not: str
@@ -67,12 +69,12 @@ def _chosen(run: Run, results: Sequence[Result]) -> Iterator[tuple[str, Result]]
     trained = run.phase != "evaluate" or len({result.step for result in results}) > 1
     yield (begins if trained else "the model"), first
     start = [result for result in results if result.step == first.step]
-    best = max(start, key=lambda result: result.pass_at_1.value)
+    best = max(start, key=lambda result: result.average)
     if best is not first:
         yield "the same, best temperature", best
     if last is not first:
         yield "the last step" if run.finished else "the last so far", last
-        highest = max(usual[1:], key=lambda result: result.pass_at_1.value)
+        highest = max(usual[1:], key=lambda result: result.average)
         if highest is not last:
             yield "the best step", highest
 
@@ -104,6 +106,7 @@ def _row(
         temperature=result.temperature,
         num_problems=sum(len(s.problems) for s in evaluation.sources) if evaluation else 0,
         pass_at=figures,
+        average=result.average,
         gains=gains,
         why_not=why_not,
     )

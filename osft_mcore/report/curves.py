@@ -173,13 +173,13 @@ def mean_seconds(rows: Sequence[Json], phase: str) -> float:
 
 def logprob_limits(run: Run) -> tuple[float, float] | None:
     """What the agreement gate lets pass, largest and mean; None if the dtype is not known."""
-    dtype = run.option("model.dtype")
+    dtype = str(run.option("model.dtype"))
     if dtype not in MAX_LOGPROB_DIFF:
         return None
-    largest, mean = (run.option(f"sync.{name}_logprob_diff") for name in ("max", "mean"))
+    largest, mean = (run.figure(f"sync.{name}_logprob_diff") for name in ("max", "mean"))
     return (
-        MAX_LOGPROB_DIFF[dtype] if largest is None else float(largest),
-        MEAN_LOGPROB_DIFF[dtype] if mean is None else float(mean),
+        MAX_LOGPROB_DIFF[dtype] if largest is None else largest,
+        MEAN_LOGPROB_DIFF[dtype] if mean is None else mean,
     )
 
 
@@ -227,12 +227,12 @@ def _guides(run: Run, curve: Curve) -> list[Guide]:
             Guide(name=f"the run stops: largest above {limits[0]:g}", y=limits[0]),
             Guide(name=f"mean above {limits[1]:g}", y=limits[1]),
         ]
-    clip = run.option("train.clip_grad")
-    if curve.key == "grad-norm" and isinstance(clip, int | float) and clip > 0:
+    clip = run.figure("train.clip_grad")
+    if curve.key == "grad-norm" and clip is not None and clip > 0:
         norms = [value for row in run.metrics if (value := finite(row, "optim/grad_norm"))]
         # A level far above would flatten the line.
         if max(norms) > clip / 3:
-            return [Guide(name=f"clipped to {clip:g}", y=float(clip))]
+            return [Guide(name=f"clipped to {clip:g}", y=clip)]
     return []
 
 

@@ -52,10 +52,10 @@ def sentence(run: Run) -> str:
         parts.append(f"model {redacted_text(str(model))}")
     if (scored := run.option("evaluation.run")) and run.phase == "evaluate":
         parts.append(f"the checkpoints of {redacted_text(str(scored))}")
-    if run.phase in ("train", "generate") and (tau := run.option("rollout.tau_sample")) is not None:
-        parts.append(f"sampled at temperature {tau:g}" if isinstance(tau, int | float) else "")
-    tau = run.option("algorithm.tau_train")
-    if run.phase == "train" and isinstance(tau, int | float):
+    if run.phase in ("train", "generate") and (tau := run.figure("rollout.tau_sample")) is not None:
+        parts.append(f"sampled at temperature {tau:g}")
+    tau = run.figure("algorithm.tau_train")
+    if run.phase == "train" and tau is not None:
         same = run.option("algorithm.follow_tau_sample") is True
         parts.append("trained at the same" if same else f"trained at {tau:g}")
     return ", ".join(part for part in parts if part) + "."
@@ -183,8 +183,7 @@ def skipped_rows(run: Run) -> list[list[str]]:
 
 def starts(run: Run) -> list[list[str]]:
     """Every start of the run: when, where, from which step on, with how many processes."""
-    earlier = run.manifest.get("earlier")
-    manifests = [m for m in earlier if isinstance(m, Mapping)] if isinstance(earlier, list) else []
+    manifests = [made for made in _list(run.manifest, "earlier") if isinstance(made, Mapping)]
     return [
         [
             str(number),
@@ -192,10 +191,15 @@ def starts(run: Run) -> list[list[str]]:
             str(found.get("host", "")),
             str(found.get("world_size", "")),
             f"step {found['resumed_at_step']}" if "resumed_at_step" in found else "the beginning",
-            "; ".join(map(redacted_text, map(str, found.get("changed_options") or ()))),
+            "; ".join(redacted_text(str(line)) for line in _list(found, "changed_options")),
         ]
         for number, found in enumerate([*manifests, run.manifest], start=1)
     ]
+
+
+def _list(found: Json, name: str) -> list[Any]:
+    value = found.get(name)
+    return value if isinstance(value, list) else []
 
 
 def options(run: Run) -> list[Option]:
@@ -211,8 +215,7 @@ def options(run: Run) -> list[Option]:
 def made_with(run: Run) -> list[tuple[str, str]]:
     """What the manifest says about how the run was made, without secrets."""
     made = run.manifest
-    command = made.get("command")
-    arguments = [str(part) for part in command] if isinstance(command, list) else []
+    arguments = [str(part) for part in _list(made, "command")]
     lines = [
         ("command", " ".join(redacted_arguments(arguments))),
         *((name, made.get(name)) for name in ("started", "host", "world_size", "seed", "python")),

@@ -67,4 +67,6 @@ def _figure(kept: Json | None) -> Figure | None:
     if not isinstance(bounds, list) or len(bounds) != 2:
         return Figure(value=value)
     low, high = (number({"at": bound}, "at") for bound in bounds)
+    if low is None or high is None:
+        return Figure(value=value)
     return Figure(value=value, low=low, high=high)

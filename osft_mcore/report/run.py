@@ -66,6 +66,10 @@ class Run:
             value = value.get(part) if isinstance(value, Mapping) else None
         return value
 
+    def figure(self, name: str) -> float | None:
+        """An option that is a finite number; None if it is none."""
+        return finite({name: self.option(name)}, name)
+
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Raises ConfigError with every path that is no run."""
@@ -115,7 +119,11 @@ def number(row: Json, name: str) -> float | None:
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        # A whole number of more than 308 digits.
+        return None
 
 
 def finite(row: Json, name: str) -> float | None:

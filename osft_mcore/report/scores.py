@@ -3,9 +3,10 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
+from osft_mcore.evaluation.aggregate import headline
 from osft_mcore.evaluation.measures import ks_for
 from osft_mcore.evaluation.results import Evaluation
 from osft_mcore.evaluation.statistics import bootstrap_ci
@@ -44,6 +45,18 @@ class Result:
     """Pass@k, by k."""
     pass_at_1: Figure
     """Over benchmarks, each counting the same."""
+    means: Mapping[int, Figure] = field(default_factory=dict)
+    """The same of other k, by k; empty where only benchmarks are known."""
+
+    @property
+    def average(self) -> float:
+        """Of pass@1, 8 and 32, as far as there are samples: by this the best is chosen."""
+        values = {
+            name: {k: figure.value for k, figure in scores.items()}
+            for name, scores in self.by_benchmark.items()
+            if 1 in scores
+        }
+        return headline(values).average if values else self.pass_at_1.value
 
     @property
     def ks(self) -> list[int]:
@@ -58,6 +71,8 @@ class Result:
             return scores[k]
         if k == 1:
             return self.pass_at_1
+        if k in self.means:
+            return self.means[k]
         values = [scores[k].value for scores in self.by_benchmark.values()]
         return Figure(value=sum(values) / len(values))
 
@@ -80,8 +95,8 @@ def results_of(run: Run) -> list[Result]:
 def usual_temperature(run: Run, results: Sequence[Result]) -> float | None:
     """Where the run scores every model; the highest, if its options do not say."""
     there = {result.temperature for result in results}
-    asked = run.option("evaluation.temperature")
-    return float(asked) if asked in there else max(there, default=None)
+    asked = run.figure("evaluation.temperature")
+    return asked if asked in there else max(there, default=None)
 
 
 def score_charts(run: Run, results: Sequence[Result]) -> list[LineChart]:
@@ -175,7 +190,7 @@ def _over_k(results: Sequence[Result], usual: Sequence[Result]) -> Iterator[Line
         return
     chosen = {(r.step, r.temperature): r for r in spread(usual, MAX_LINES - 2)}
     start = [result for result in results if result.step == results[0].step]
-    best = max(start, key=lambda result: result.pass_at_1.value)
+    best = max(start, key=lambda result: result.average)
     chosen.setdefault((best.step, best.temperature), best)
     yield LineChart(
         key="pass-at-k-k",
@@ -238,12 +253,16 @@ def _of_answers(evaluation: Evaluation, *, seed: int) -> Result:
             values = source.pass_values(k)
             ci = bootstrap_ci(values, seed=seed)
             of_source[k] = Figure(value=sum(values) / len(values), low=ci.low, high=ci.high)
-    value, ci = pass_at(evaluation, 1, seed=seed)
+    means = {}
+    for k in set.intersection(*(set(of_source) for of_source in scores.values())):
+        value, ci = pass_at(evaluation, k, seed=seed)
+        means[k] = Figure(value=value, low=ci.low, high=ci.high)
     return Result(
         step=evaluation.step,
         temperature=evaluation.temperature,
         by_benchmark=scores,
-        pass_at_1=Figure(value=value, low=ci.low, high=ci.high),
+        pass_at_1=means[1],
+        means=means,
     )
 
 
@@ -254,9 +273,13 @@ def _of_report(kept: Json, step: int, temperature: float) -> Result | None:
             for name, found in kept["benchmarks"].items()
         }
         total = _figure(kept["pass_at_1"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+        # Older versions do not have these.
+        means = {int(k): _figure(figure) for k, figure in kept.get("pass@k", {}).items()}
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError):
         return None
-    return Result(step=step, temperature=temperature, by_benchmark=scores, pass_at_1=total)
+    return Result(
+        step=step, temperature=temperature, by_benchmark=scores, pass_at_1=total, means=means
+    )
 
 
 def _figure(kept: Json) -> Figure:

@@ -94,7 +94,7 @@ def scored_models(config: RunConfig) -> list[Scored]:
             f"evaluation.steps: {', '.join(map(str, missing))} not found in {str(run)!r}; it has "
             f"the weights after {there} steps (checkpoint.keep_last, keep_every)"
         )
-    chosen = [found[step] for step in sorted(wanted or found)]
+    chosen = [found[step] for step in sorted(set(wanted) or found)]
     _check_whole(chosen)
     return chosen
 

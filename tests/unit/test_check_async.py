@@ -36,7 +36,9 @@ def test_cores(text: str, expected: tuple[int, ...]) -> None:
     assert cores(text) == expected
 
 
-@pytest.mark.parametrize("text", ["a", "1-", "-1", "4-2", "1,,2", "1.5", "1,2-3,3", "0x1"])
+@pytest.mark.parametrize(
+    "text", ["a", "1-", "-1", "4-2", "1,,2", "1.5", "1,2-3,3", "0x1", "0-10000000000"]
+)
 def test_what_names_no_cores(text: str) -> None:
     with pytest.raises(ValueError, match=f"found '{text}', expected"):
         cores(text)

@@ -146,6 +146,7 @@ def test_boxes_are_opened(text: str, opened: str, count: int) -> None:
     [
         ("1,234", "ANSWER: 5", "1234"),
         (42.0, None, "42"),
+        pytest.param(10**400, None, str(10**400), id="400 digits"),
         (0.5, None, "0.5"),
         ("$1,000.50", None, "1000.50"),
         (None, "In 2 days: ANSWER: 1,200\nwithin 3", "1200"),

@@ -77,6 +77,25 @@ def test_whole_numbers_pass_for_numbers_and_lists_for_tuples() -> None:
     assert config.evaluation.files == ("a.parquet", "b c.parquet")
 
 
+@pytest.mark.parametrize("devices", ["7", "6,7", "4-7,9", "0-1", "007"])
+def test_an_option_that_is_a_text_takes_numbers_as_they_are_written(
+    devices: str, tmp_path: Path
+) -> None:
+    config = load_config([f"evaluation.devices={devices}", "+evaluation.sweep=0:1:0.5"])
+    assert config.evaluation.devices == devices
+    # The process of evaluation.mode=async reads it from there.
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config([], tmp_path) == config
+
+
+def test_a_text_with_commas_is_told_how_to_be_written() -> None:
+    [problem] = problems_of("evaluation.devices=GPU-a,GPU-b")
+    hint = "evaluation.devices='a,b'"
+    assert problem.startswith("evaluation.devices: found several values")
+    assert hint in problem
+    assert load_config([hint]).evaluation.devices == "a,b"
+
+
 def test_an_interpolation_reaches_a_schema_default() -> None:
     assert load_config(["rollout.tp=${train.micro_batch_size}"]).rollout.tp == 4
 
@@ -124,7 +143,7 @@ def test_all_problems_come_back_in_one_error() -> None:
         ("train.lr=-inf", "train.lr: found -inf, expected a finite number"),
         ("train.steps=inf", "train.steps: found inf, expected a finite number"),
         ("logging.wandb=1", "logging.wandb: found 1, expected true or false"),
-        ("data.train=3", "data.train: found 3, expected text"),
+        ("data.train=[3]", "data.train: found [3], expected text"),
         ("evaluation.files=a.parquet", "evaluation.files: found 'a.parquet', expected a list"),
         ("evaluation.files=[1]", "evaluation.files.0: found 1, expected text"),
         ("rollout.annealing=3", "rollout.annealing: found 3, expected a section of options"),

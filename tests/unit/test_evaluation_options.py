@@ -1,7 +1,10 @@
 """What evaluation's options name: benchmarks by name, and sweeps that keep both ends."""
 
+from typing import Any
+
 import pytest
 
+from osft_mcore.config.check_evaluation import evaluation_problems
 from osft_mcore.config.evaluation import benchmark_files, sweep, temperatures
 from osft_mcore.config.schema import DataConfig, RunConfig
 from osft_mcore.config.schema_evaluation import EvaluationConfig
@@ -55,6 +58,22 @@ def test_temperatures_come_once_and_in_order() -> None:
     )
     assert temperatures(evaluation, baseline=True) == (1.0, 0.6, 0.0, 0.5)
     assert temperatures(evaluation, baseline=False) == (1.0, 0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0.7000001},
+        {"baseline_temperatures": (0.5, 0.7000001)},
+        {"sweep": "0.7000001:0.7000001:1"},
+    ],
+)
+def test_temperatures_that_would_share_a_file_are_refused(given: dict[str, Any]) -> None:
+    config = RunConfig(evaluation=EvaluationConfig(**given))
+    [problem] = evaluation_problems(config, "evaluate")
+    assert problem.startswith(f"evaluation.{next(iter(given))}: found 0.7000001, expected at most")
+    usual = EvaluationConfig(temperature=0.7, baseline_temperatures=(0.123456,), sweep="0:1.6:0.1")
+    assert list(evaluation_problems(RunConfig(evaluation=usual), "evaluate")) == []
 
 
 def test_a_bare_name_is_a_benchmark() -> None:

@@ -288,6 +288,10 @@ def test_a_report_by_hand(grader: Grader) -> None:
     assert found["pass_at_1"]["value"] == pytest.approx(3 / 16)
     # One problem is redrawn for itself; two are from both the worse to both the better.
     assert found["pass_at_1"]["ci95"] == pytest.approx([1 / 8, 1 / 4])
+    assert found["pass@k"]["1"] == found["pass_at_1"]
+    assert found["pass@k"]["4"]["value"] == pytest.approx(1 / 2)
+    # Nobody has a right product; both sums are solved by four tries.
+    assert found["pass@k"]["4"]["ci95"] == pytest.approx([1 / 2, 1 / 2])
     assert found["headline"] == {"pass@1": pytest.approx(3 / 16), "average": pytest.approx(3 / 16)}
     sums = found["benchmarks"]["sums"]
     assert (sums["num_problems"], sums["num_answers"], sums["num_dropped_overlong"]) == (2, 8, 5)

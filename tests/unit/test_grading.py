@@ -89,6 +89,13 @@ def test_gold_may_be_a_number_or_several(grader: Grader, gold: Any, grade: Grade
     assert grader.grade([boxed("204", gold)]) == [grade]
 
 
+def test_a_right_answer_does_not_wait_for_what_else_would_be_right() -> None:
+    hard = [rf"\int_0^{n} \sin(\sin(\sin(\sin(x^{{x^{{x}}}})))) dx" for n in range(1, 9)]
+    with new_grader(timeout_s=1.5) as grader:
+        golds = [r"\frac{\sqrt{5}}{5}", *hard]
+        assert grader.grade([boxed(r"\frac{2}{2\sqrt{5}}", golds)]) == [CORRECT]
+
+
 def test_order_is_kept_across_workers_and_repeats(grader: Grader) -> None:
     samples = [
         boxed(rf"\frac{{{2 * n}x}}{{14}}", rf"\frac{{{n + n % 2}}}{{7}}x") for n in range(1, 13)

@@ -262,6 +262,8 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
             {**THOUGHTS, "conversations": 5},
             {**THOUGHTS, "conversations": [{"from": "human"}]},
             {**THOUGHTS, "domain": "code", "conversations": said("q5", r"\boxed{1}")},
+            {**THOUGHTS, "conversations": said("q6 \ud800", r"\boxed{1}")},
+            {**THOUGHTS, "source": "\udfff"},
             [],
         ],
     )
@@ -276,12 +278,13 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         "no boxed answer": 2,
         "no prompt": 1,
         "not JSON": 2,
+        "not Unicode": 2,
         "not a JSON object": 1,
         "the prompt again": 2,
         "the prompt is empty": 1,
         "the prompt is neither text nor turns": 1,
     }
-    assert report["splits"]["train"]["rows_read"] == 14 == sum(dropped.values()) + 1
+    assert report["splits"]["train"]["rows_read"] == 16 == sum(dropped.values()) + 1
     assert report["splits"]["train"]["duplicates"] == 2
     assert report["splits"]["train"]["duplicates_with_another_answer"] == 1
     assert report["splits"]["train"]["columns_left_out"] == ["difficulty", "source"]

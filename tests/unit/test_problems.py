@@ -217,6 +217,16 @@ def test_files_that_are_not_parquet(tokenizer: ChatTokenizer, tmp_path: Path) ->
         load_file(tmp_path, tokenizer)
 
 
+def test_texts_that_are_not_utf8(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    damaged = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    table = pa.Table.from_pylist([problem()])
+    for name in ("prompt", "data_source"):
+        place = table.schema.get_field_index(name)
+        pq.write_table(table.set_column(place, name, damaged), tmp_path / "damaged.parquet")
+        with pytest.raises(DataError, match=r"damaged\.parquet: its values are damaged.*UTF-?8"):
+            load_file(tmp_path / "damaged.parquet", tokenizer)
+
+
 def test_sha256_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert data_sha256(tmp_path / "f").startswith("ba7816bf8f01cfea414140de5dae2223")

@@ -145,6 +145,36 @@ def test_result_files_are_taken_as_they_are(tmp_path: Path) -> None:
     assert "its answers are not here, or not whole" in found.text
 
 
+def test_the_mean_of_benchmarks_has_its_bands(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    mean = {"1": {"value": 0.5, "ci95": [0.41, 0.59]}, "2": {"value": 0.75, "ci95": [0.7, 0.8]}}
+    for step in (0, 2):
+        add_result(run, step, 1.0, (0.5, 0.3, 0.7), (0.75, 0.6, 0.9))
+        file = run / "evaluations" / f"step_{step}_temperature_1.json"
+        kept = json.loads(file.read_text())
+        benchmarks = {name: kept["benchmarks"]["sums"] for name in ("sums", "products")}
+        kept |= {"pass@k": mean, "pass_at_1": mean["1"], "benchmarks": benchmarks}
+        file.write_text(json.dumps(kept))
+    chart = shown(run).charts["pass-at-k-steps"]
+    assert "step 2\npass@1: 50% (41% to 59%)\npass@2: 75% (70% to 80%)" in chart
+
+
+def test_the_best_temperature_is_that_of_the_highest_average(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", options=OPTIONS | {"evaluation": {"num_samples": 8}})
+    for step in (0, 4):
+        add_scores(run, step, 1.0, [[True] * 2 + [False] * 6] * 2)
+    add_scores(run, 0, 0.3, [[True] * 6 + [False] * 2, [False] * 8])
+    # Of 0.3 pass@1 is 37.5% and pass@8 50%, of 1 they are 25% and 100%.
+    assert "best temperature" not in shown(run).text
+    add_scores(run, 0, 0.6, [[True] * 4 + [False] * 4] * 2)
+    text = shown(run).text
+    assert "pass@1 before, at its best temperature 50% temperature 0.6" in text
+    # (25% + 100%) / 2 and (50% + 100%) / 2, in the column after pass@8.
+    assert " average " in text
+    assert " 62.5% " in text
+    assert " 75% " in text
+
+
 def test_scores_of_lines_alone_have_no_band(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     line = {"eval/temperature": 1.0, "eval/pass_at_1": 0.25, "eval/sums/pass@1": 0.25}
@@ -395,6 +425,9 @@ def test_the_command(
     for arguments in (["nothing"], ["run", "--out", "no/where.html"], ["run", "--samples", "-1"]):
         assert cli.main(["report", *arguments]) == 2
     assert "'no/where.html' cannot be written: No such file" in capsys.readouterr().err
+    for arguments in (["--out", "a.html"], ["--samples", "2"]):
+        assert cli.main(["report", "run", "--sync", "wandb", *arguments]) == 2
+        assert "--sync: found it with --out or --samples" in capsys.readouterr().err
 
 
 def imported(code: str) -> Iterator[str]:
@@ -411,3 +444,49 @@ def test_the_command_imports_nothing_heavy(scored: Path) -> None:
     assert "jinja2" in found
     assert not heavy & found
     assert not {"numpy", "jinja2"} & set(imported("from osft_mcore import cli"))
+
+
+HUGE = 10**400
+"""JSON allows it, and no float holds it."""
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.yaml", {"evaluation": {"temperature": {}}, "model": {"dtype": []}}),
+        ("config.yaml", {"sync": {"max_logprob_diff": [1]}, "model": {"dtype": "fp32"}}),
+        ("config.yaml", {"rollout": {"tau_sample": HUGE}, "algorithm": {"tau_train": HUGE}}),
+        ("config.yaml", {"train": {"clip_grad": HUGE}}),
+        ("manifest.json", MANIFEST | {"changed_options": 1.0, "earlier": 3, "command": 4}),
+        ("metrics.jsonl", step_row(1) | {"loss/loss": HUGE}),
+        ("evaluations.jsonl", {"step": 0, "eval/temperature": HUGE, "eval/pass_at_1": HUGE}),
+        ("evaluations/step_0_temperature_1.jsonl", {"num_tokens": math.inf}),
+        ("evaluations/step_0_temperature_1.json", {"pass_at_1": {"value": 1, "ci95": []}}),
+        ("evaluations/step_0_temperature_1.json", {"pass_at_1": {"value": 1, "ci95": [0, HUGE]}}),
+        (
+            "evaluations/step_0_temperature_1.json",
+            {"benchmarks": {"sums": {"outcomes": {"correct": {"value": 1, "ci95": [1, None]}}}}},
+        ),
+    ],
+)
+def test_values_that_nobody_wrote_break_no_page(
+    scored: Path, file: str, content: dict[str, Any]
+) -> None:
+    add_result(scored, 0, 1.0, (0.5, 0.4, 0.6))
+    found = scored / file
+    if file.endswith("1.jsonl"):
+        content = json.loads(found.read_text().splitlines()[0]) | content
+    elif file.endswith("1.json"):
+        content = json.loads(found.read_text()) | content
+    # YAML takes JSON.
+    found.write_text(json.dumps(content) + "\n")
+    assert shown(scored, num_samples=1).text
+
+
+def test_answers_that_are_not_whole_are_not_compared(scored: Path) -> None:
+    file = scored / "evaluations" / "step_4_temperature_1.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    add_result(scored, 4, 1.0, (0.5, 0.4, 0.6), (0.75, 0.5, 1.0))
+    text = shown(scored).text
+    assert "its answers are not here, or not whole" in text
+    assert "no interval known" in text

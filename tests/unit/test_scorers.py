@@ -108,6 +108,8 @@ def score(response, ground_truth, num_tokens):
         time.sleep(1000)
     if response == "die":
         os._exit(3)
+    if response == "exit":
+        raise SystemExit("no more")
     if response == "nan":
         return float("nan")
     if response == "allocate":
@@ -141,7 +143,7 @@ def test_a_function_from_a_file(file: Path) -> None:
 
 
 def test_what_such_a_function_may_do_wrong(file: Path) -> None:
-    texts = ["raise", "hang", "die", "nan", "allocate", "x"]
+    texts = ["raise", "hang", "die", "exit", "nan", "allocate", "x"]
     with new_grader(f"{file}:score", timeout_s=1.0) as grader:
         grades = dict(zip(texts, grader.grade([Sample(t, "x") for t in texts]), strict=True))
         # What a hanging function had started is gone as well.
@@ -150,14 +152,35 @@ def test_what_such_a_function_may_do_wrong(file: Path) -> None:
         "raise": "error",
         "hang": "timeout",
         "die": "error",
+        "exit": "error",
         "nan": "error",
         "allocate": "error",
         "x": "ok",
     }
     assert "KeyError: 'what a scorer may do'" in grades["raise"].reason
     assert "MemoryError" in grades["allocate"].reason
+    assert "SystemExit: no more" in grades["exit"].reason
     assert "finite" in grades["nan"].reason
-    assert [grade.score for grade in grades.values()] == [0, 0, 0, 0, 0, 0.5]
+    assert [grade.score for grade in grades.values()] == [0, 0, 0, 0, 0, 0, 0.5]
+
+
+FORKS = """
+import os, time
+
+def score(response, ground_truth, num_tokens):
+    if response == "fork" and os.fork() == 0:
+        time.sleep(0.1)
+    elif response != "fork":
+        time.sleep(0.3)
+    return float(response == "fork")
+"""
+
+
+def test_a_function_that_comes_back_twice_scores_its_own_answer_only(tmp_path: Path) -> None:
+    (tmp_path / "my_scorer.py").write_text(FORKS)
+    with new_grader(f"{tmp_path}/my_scorer.py:score") as grader:
+        grades = grader.grade([Sample(text, "") for text in ("fork", "x", "y")])
+    assert [(grade.score, grade.status) for grade in grades] == [(1, "ok"), (0, "ok"), (0, "ok")]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +189,7 @@ def test_what_such_a_function_may_do_wrong(file: Path) -> None:
         ("import no_such_module", r"ModuleNotFoundError.*no_such_module"),
         ("other = 1", "has no function 'score'"),
         ("def score(:", "SyntaxError"),
+        ("raise SystemExit(2)", "SystemExit: 2"),
         (None, "FileNotFoundError"),
     ],
 )

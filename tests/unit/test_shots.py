@@ -120,12 +120,29 @@ def test_no_held_out_problem_is_an_example(tmp_path: Path) -> None:
             "row 1: a conversation of 3 turns, expected one question",
         ),
         (["no object"], "line 2 is no JSON object"),
+        ({"prompt": "\ud800", "response": "1"}, "line 2 is no JSON .*surrogates"),
     ],
 )
 def test_what_is_no_example_is_named(row: Any, match: str, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "shots.jsonl", [*examples(1), row])
     with pytest.raises(DataError, match=f"evaluation.shots_file: .*{match}"):
         choose(file, count=1)
+
+
+def test_what_is_no_json_is_named(tmp_path: Path) -> None:
+    for content, match in ((b"[" * 100_000, "nested too deep"), (b"\xff\n", "can't decode")):
+        (tmp_path / "shots.jsonl").write_bytes(content)
+        with pytest.raises(
+            DataError, match=f"evaluation.shots_file: .*line 1 is no JSON .*{match}"
+        ):
+            choose(tmp_path / "shots.jsonl")
+
+
+def test_only_a_new_line_ends_a_line(tmp_path: Path) -> None:
+    rows = [{"prompt": "one\u2028two\x85three", "response": "a\u2029b"}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "shots.jsonl").write_text(f"{lines}\r\n\n", encoding="utf-8")
+    assert choose(tmp_path / "shots.jsonl", count=1).turns[0].content == rows[0]["prompt"]
 
 
 def test_token_ids_are_no_text(tmp_path: Path) -> None:

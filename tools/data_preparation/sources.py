@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -189,14 +190,25 @@ def _object(line: bytes) -> ReadRow:
         row = parse_json(line)
     except ValueError:
         return "not JSON"
-    return row if isinstance(row, dict) else "not a JSON object"
+    return _whole(row)
 
 
 def _json_rows(file: Path) -> Iterator[ReadRow]:
     rows = parse_json(file.read_bytes())
     if not isinstance(rows, list):
         raise ValueError(f"it holds a {type(rows).__name__}, expected a list of rows")
-    yield from (row if isinstance(row, dict) else "not a JSON object" for row in rows)
+    yield from map(_whole, rows)
+
+
+def _whole(row: object) -> ReadRow:
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # JSON may escape half of a pair, which is no character: no parquet file can hold it.
+        return "not Unicode"
+    return row
 
 
 def _csv_reader(stream: Iterable[str]) -> Iterator[list[str]]:

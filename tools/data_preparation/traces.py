@@ -147,8 +147,10 @@ def final_number(given: Any, final: Any) -> str | None:
 
     Without commas and currency. None if there is no number.
     """
-    if isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
-        return str(int(given)) if float(given).is_integer() else str(given)
+    if isinstance(given, int) and not isinstance(given, bool):
+        return str(given)
+    if isinstance(given, float) and math.isfinite(given):
+        return str(int(given)) if given.is_integer() else str(given)
     if isinstance(given, str) and _ANY_NUMBER.fullmatch(given.strip()):
         return _plain(given)
     if not isinstance(final, str):
