@@ -54,7 +54,7 @@ def _layout_lines(plan: RunPlan, config: RunConfig) -> Iterator[str]:
     nodes = -(-at.world_size // GPUS_PER_NODE)
     yield f"{plan.parameters / 1e9:.2f}B parameters, {config.model.dtype}, {config.model.path}"
     yield (
-        f"{at.world_size} GPUs on {nodes} node{'s' * (nodes > 1)}: actor "
+        f"{at.world_size} GPU{'s' * (at.world_size > 1)} on {nodes} node{'s' * (nodes > 1)}: actor "
         + " ".join(f"{axis}={size}" for axis, size in at.actor_sizes().items())
         + (" +sp" if plan.sequence_parallel else "")
         + rollout
@@ -126,8 +126,8 @@ def _push_lines(plan: RunPlan) -> Iterator[str]:
         )
         assert plan.engine is not None, "a push has an engine"
         yield (
-            f"of a rank's {_gib(plan.engine.weights)} GiB of engine weights "
-            f"{_gib(min(plan.push.shared))} GiB, or more, are the actor's own memory: not copied"
+            f"shared with the actor, not copied: {_gib(min(plan.push.shared))} of a rank's "
+            f"{_gib(plan.engine.weights)} GiB of engine weights"
         )
 
 

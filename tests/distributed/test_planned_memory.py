@@ -1,6 +1,7 @@
 """What a plan says an update needs, against what it takes: its tensors, and the whole process."""
 
 import ctypes
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,6 +33,7 @@ from osft_mcore.plan.actor_memory import (
 from osft_mcore.plan.disk import disk
 from osft_mcore.plan.stages import stages
 from osft_mcore.records import Example
+from osft_mcore.rollout.vllm_cpu import return_freed_memory
 from osft_mcore.train.start import build_actor
 
 PROMPT, RESPONSE, SEQUENCES, LR = 20, 180, 4, 1e-4
@@ -66,8 +68,11 @@ CASES = {
     "qwen3, tp2 and sequences": Case(
         kind="qwen3", parallel=ParallelConfig(tp=2, sequence_parallel=True)
     ),
-    "llama, all again": Case(
-        kind="llama", train=TrainConfig(micro_batch_size=4, recompute="full", recompute_loss=True)
+    "qwen3, layers again": Case(
+        kind="qwen3", train=TrainConfig(micro_batch_size=4, recompute="full")
+    ),
+    "llama, loss again": Case(
+        kind="llama", train=TrainConfig(micro_batch_size=2, recompute_loss=True)
     ),
     "llama, bf16, dp2, MLP again": Case(
         kind="llama",
@@ -131,6 +136,8 @@ def measure(_rank: int, warm_up: Path, folder: Path, case: Case) -> Measured:
     context = join_groups(topology, device=torch.device("cpu"))
     # Libraries and groups that an update opens.
     update(config_of(case, warm_up), context)
+    gc.collect()
+    return_freed_memory()
     before = memory_of_process("VmRSS")
     actor = update(config_of(case, folder), context)
     # From now on the peak is that of an update alone.

@@ -17,7 +17,7 @@ from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.plan.activations import Layers, MicroBatch, activations, passes_under_way
 from osft_mcore.plan.actor_memory import largest_micro_batch
-from osft_mcore.plan.assumptions import GIB
+from osft_mcore.plan.assumptions import GIB, HBM_SHARE, LAUNCH_S_PER_LAYER, MFU, NODE_GB_S
 from osft_mcore.plan.command import add_arguments, run_command
 from osft_mcore.plan.moments import PARTS
 from osft_mcore.plan.stages import stages
@@ -194,6 +194,25 @@ def test_longer_answers_take_longer_and_no_more_memory() -> None:
     assert short["totals"] == long["totals"]
     assert short["seconds"]["forward_backward"] < long["seconds"]["forward_backward"]
     assert short["seconds"]["rollout"] <= long["seconds"]["rollout"]
+
+
+def test_a_step_takes_its_operations_at_the_assumed_rates() -> None:
+    found = plan(MATH_7B, "train.micro_batch_size=1", "train.recompute=none")
+    tokens = 128 * (256 + 1536)
+    # 6 operations a parameter and token, the embedding aside; attention adds below 10%.
+    least = 6 * (7_615_616_512 - 152064 * 3584) * tokens / 8 / (989e12 * MFU)
+    assert 1 < found["seconds"]["forward_backward"] / least < 1.1
+    again = plan(MATH_7B, "train.micro_batch_size=1")
+    ratio = again["seconds"]["forward_backward"] / found["seconds"]["forward_backward"]
+    assert ratio == pytest.approx(8 / 6)
+    # The longest answer, a token at a time, kernel by kernel.
+    assert found["seconds"]["rollout"] > 3072 * 28 * LAUNCH_S_PER_LAYER
+    graphs = plan(MATH_7B, "rollout.enforce_eager=false")
+    # Reading half of the weights for every token.
+    assert graphs["seconds"]["rollout"] > 3072 * 7_615_616_512 / (3350e9 * HBM_SHARE)
+    assert graphs["seconds"]["rollout"] < found["seconds"]["rollout"]
+    push = found["push"]["busiest"] / (NODE_GB_S * 1e9)
+    assert found["seconds"]["push"] == pytest.approx(push)
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
