@@ -9,9 +9,8 @@ from osft_mcore.config.schema import ParallelConfig, RolloutConfig, TrainConfig
 from osft_mcore.plan.activations import FP32, Activations, Layers, MicroBatch, activations
 from osft_mcore.plan.stages import Stage
 
-PARAMETER_ALIGNMENT = 64
 SHARD_ALIGNMENT = 128
-"""Of Megatron-Core's buffers where the optimizer's state is sharded, in elements."""
+"""Elements to which Megatron-Core pads a buffer where the optimizer's state is sharded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +54,8 @@ def _held(stage: Stage, copies: int) -> int:
     """Elements, with the padding of shards."""
     if copies == 1:
         return stage.parameters
-    return -(-stage.parameters // math.lcm(copies, SHARD_ALIGNMENT)) * math.lcm(
-        copies, SHARD_ALIGNMENT
-    )
+    multiple = math.lcm(copies, SHARD_ALIGNMENT)
+    return -(-stage.parameters // multiple) * multiple
 
 
 def layers_of(
