@@ -13,7 +13,8 @@ from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import ModelConfig
 from osft_mcore.parallel.groups import join_groups
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.train.performance import peak_memory, peak_tflops, rates, training_flops
+from osft_mcore.train.flops import training_flops
+from osft_mcore.train.performance import peak_memory, peak_tflops, rates
 
 SECONDS = {"time/rollout_s": 4.0, "time/train_s": 2.0, "time/sync_s": 1.0}
 

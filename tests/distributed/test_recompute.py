@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from live_memory import LiveMemory
 from models import save_random_model
 from ranks import run_ranks
 from token_examples import token_examples
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from osft_mcore.actor.actor import Actor
 from osft_mcore.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
@@ -134,38 +132,6 @@ def test_what_is_computed_twice_changes_no_result(
             expected = (results if layout == "tp1" else on_one_rank[kind])["none"].figures
             for ours, theirs in zip(found.figures, expected, strict=True):
                 assert ours == pytest.approx(theirs, rel=TOLERANCE), where
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that operators made and that still exist.
-
-    Whoever keeps them: autograd for the backward pass, a function's context, a local variable.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    @property
-    def now(self) -> int:
-        self._made = {at: made for at, made in self._made.items() if not made[0].expired()}
-        return sum(num_bytes for _, num_bytes in self._made.values())
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = {storage._cdata for storage in storages((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for storage in storages(out):
-            if storage._cdata not in given and storage._cdata not in self._made:
-                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        return out
-
-
-def storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 NUM_LAYERS, FFN, SEQUENCES, LENGTH = 6, 256, 2, 240

@@ -1,0 +1,1 @@
+"""What a run will need, before there is a GPU to try it on."""
