@@ -95,7 +95,9 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     rollout_tp = config.rollout.tp if samples(phase) else 1
     topology = topology_of(config.parallel, rollout_tp=rollout_tp)
     if arguments.dry_run:
-        sys.stdout.write(_plan(config, phase, topology, arguments.config_dir))
+        from osft_mcore.plan.dry_run import dry_run
+
+        sys.stdout.write(dry_run(config, phase, topology, arguments.config_dir))
         return 0
     if not started_by_own_launcher():
         from osft_mcore.train.preflight import input_errors
@@ -279,32 +281,6 @@ def _doctor() -> int:
 
     run_doctor(Console(enabled=True))
     return 0
-
-
-def _plan(config: "RunConfig", phase: "Phase", topology: Topology, config_dir: Path | None) -> str:
-    from osft_mcore.config.check import absent_files, model_is_here
-    from osft_mcore.config.describe import describe
-    from osft_mcore.config.dimensions import dimensions_file, known_shape
-    from osft_mcore.config.model_shape import read_model_shape
-    from osft_mcore.config.phases import reads_training_data
-    from osft_mcore.data.parquet import count_rows
-
-    num_rows = count_rows(config.data.train) if reads_training_data(phase) else None
-    places = topology.all_coordinates()
-    plan = describe(config, phase=phase, ranks=places, num_prompts=num_rows) + "\n"
-    path = config.model.path
-    here = model_is_here(config)
-    shape = read_model_shape(path) if here else known_shape(path, config_dir)
-    if phase == "train" and shape is not None:
-        from osft_mcore.train.weight_plan import weight_lines
-
-        lines = weight_lines(config, shape, topology)
-        plan += "# Weights to vLLM\n" + "".join(f"{line}\n" for line in lines)
-    if absent := absent_files(config, phase):
-        plan += "# Not here, so not checked\n" + "".join(f"{problem}\n" for problem in absent)
-        if shape is not None and not here:
-            plan += f"the model's dimensions are those of {dimensions_file(path, config_dir)}\n"
-    return plan
 
 
 def _run_rank(
