@@ -138,13 +138,17 @@ def test_training_is_the_same_in_every_layout(
     assert_same(run(model, tmp_path / "hf", layout), reference)
 
 
+# Each switch on one of the two models: the layouts above are run on both.
+
+
 @pytest.mark.parametrize(
-    ("layout", "options"),
-    [((2, 1, 1, 1, 2), {"sequence_parallel": True}),
-     ((2, 2, 1, 1, 1), {"sequence_parallel": True}),
-     ((2, 2, 2, 1, 1), {"sequence_parallel": True}),
-     ((1, 1, 1, 2, 2), {"distributed_optimizer": False})],
+    ("model", "layout", "options"),
+    [("qwen2_tied", (2, 1, 1, 1, 2), {"sequence_parallel": True}),
+     ("qwen3_untied", (2, 2, 1, 1, 1), {"sequence_parallel": True}),
+     ("qwen3_untied", (2, 2, 2, 1, 1), {"sequence_parallel": True}),
+     ("qwen2_tied", (1, 1, 1, 2, 2), {"distributed_optimizer": False})],
     ids=["tp2_sp", "tp2_pp2_sp", "tp2_pp2_vpp2_sp", "dp2_plain_optimizer"],
+    indirect=["model"],
 )  # fmt: skip
 def test_switches_change_nothing(
     model: Path,
@@ -157,16 +161,18 @@ def test_switches_change_nothing(
 
 
 @pytest.mark.parametrize(
-    ("layout", "sequence_parallel", "options"),
-    [((1, 1, 1, 1, 4), False, {}),
-     ((1, 1, 1, 1, 4), False, {"recompute": "selective", "offload": "optimizer"}),
-     ((2, 1, 1, 2, 4), True, {"recompute": "full"}),
-     ((1, 2, 1, 2, 4), False, {"recompute": "full", "recompute_loss": True, "offload": "all"}),
-     ((1, 2, 2, 2, 4), False, {"recompute": "selective"}),
+    ("model", "layout", "sequence_parallel", "options"),
+    [("qwen2_tied", (1, 1, 1, 1, 4), False, {}),
+     ("qwen3_untied", (1, 1, 1, 1, 4), False, {"recompute": "selective", "offload": "optimizer"}),
+     ("qwen2_tied", (2, 1, 1, 2, 4), True, {"recompute": "full"}),
+     ("qwen3_untied", (1, 2, 1, 2, 4), False,
+      {"recompute": "full", "recompute_loss": True, "offload": "all"}),
+     ("qwen2_tied", (1, 2, 2, 2, 4), False, {"recompute": "selective"}),
      # Everything that saves memory, over stages and chunks that are uneven where layers are.
-     ((2, 2, 2, 1, 4), True, {"recompute": "full", "offload": "all"})],
+     ("qwen3_untied", (2, 2, 2, 1, 4), True, {"recompute": "full", "offload": "all"})],
     ids=["one", "one_selective", "tp2_sp_dp2_full", "pp2_dp2_full", "pp2_vpp2_dp2_selective",
          "tp2_sp_pp2_vpp2_full"],
+    indirect=["model"],
 )  # fmt: skip
 def test_micro_batches_by_tokens_change_nothing(
     model: Path,
@@ -186,16 +192,19 @@ def test_micro_batches_by_tokens_change_nothing(
 
 
 @pytest.mark.parametrize(
-    ("layout", "cp", "parallel", "options"),
-    [((1, 1, 1, 1, 4), 2, {}, {}),
-     ((1, 1, 1, 1, 4), 3, {}, {}),
-     ((1, 1, 1, 1, 4), 4, {}, {"recompute_loss": True}),
-     ((2, 1, 1, 1, 2), 2, {"sequence_parallel": True}, {"recompute": "full"}),
-     ((1, 1, 1, 2, 2), 2, {"distributed_optimizer": False}, {}),
-     ((1, 2, 2, 1, 4), 2, {}, {"max_tokens_per_micro_batch": 30, "recompute": "selective"}),
-     ((1, 1, 1, 2, 4), 2, {}, {"max_tokens_per_micro_batch": 30, "offload": "all"})],
+    ("model", "layout", "cp", "parallel", "options"),
+    [("qwen2_tied", (1, 1, 1, 1, 4), 2, {}, {}),
+     ("qwen3_untied", (1, 1, 1, 1, 4), 3, {}, {}),
+     ("qwen2_tied", (1, 1, 1, 1, 4), 4, {}, {"recompute_loss": True}),
+     ("qwen3_untied", (2, 1, 1, 1, 2), 2, {"sequence_parallel": True}, {"recompute": "full"}),
+     ("qwen2_tied", (1, 1, 1, 2, 2), 2, {"distributed_optimizer": False}, {}),
+     ("qwen3_untied", (1, 2, 2, 1, 4), 2, {},
+      {"max_tokens_per_micro_batch": 30, "recompute": "selective"}),
+     ("qwen2_tied", (1, 1, 1, 2, 4), 2, {},
+      {"max_tokens_per_micro_batch": 30, "offload": "all"})],
     ids=["two", "three", "four", "tp2_sp_full", "dp2_plain_optimizer", "pp2_vpp2_budget_selective",
          "dp2_budget_offload"],
+    indirect=["model"],
 )  # fmt: skip
 def test_cut_sequences_change_nothing(
     model: Path,
@@ -224,6 +233,7 @@ def first_norm_in_bf16(rank: int, folder: Path, cp: int) -> float:
     return actor.update(batch, tau_sample=0.6, lr=LR).grad_norm
 
 
+@pytest.mark.parametrize("model", ["qwen3_untied"], indirect=True)
 def test_cut_sequences_in_bf16(model: Path) -> None:
     """Later updates differ more: by then Adam has made a step of every gradient's last bit."""
     [one] = run_ranks(first_norm_in_bf16, 1, folder=model, cp=1)
@@ -231,7 +241,11 @@ def test_cut_sequences_in_bf16(model: Path) -> None:
         assert cut == pytest.approx(one, rel=1e-3)
 
 
-@pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize(
+    ("model", "aggregation"),
+    [("qwen2_tied", "seq-mean-token-mean"), ("qwen3_untied", "seq-mean-token-sum-norm")],
+    indirect=["model"],
+)
 def test_aggregations_are_layout_independent(model: Path, tmp_path: Path, aggregation: Any) -> None:
     algorithm = AlgorithmConfig(aggregation=aggregation, tau_train=0.8)
     one = run(model, tmp_path / "one", (1, 1, 1, 1, 8), algorithm)
@@ -243,7 +257,11 @@ def entropy_reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return run(model, tmp_path_factory.mktemp("entropy") / "hf", LAYOUTS[0], ENTROPY)
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1, 1, 2), (1, 2, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("qwen2_tied", (2, 1, 1, 1, 2)), ("qwen3_untied", (1, 2, 1, 1, 1))],
+    indirect=["model"],
+)
 def test_the_entropy_is_layout_independent(
     model: Path, reference: Any, entropy_reference: Any, tmp_path: Path, layout: Layout
 ) -> None:
@@ -251,6 +269,7 @@ def test_the_entropy_is_layout_independent(
     assert entropy_reference[0][0] != pytest.approx(reference[0][0], rel=1e-2)
 
 
+@pytest.mark.parametrize("model", ["qwen2_tied"], indirect=True)
 def test_per_microbatch_averaging_depends_on_the_split(model: Path, tmp_path: Path) -> None:
     algorithm = AlgorithmConfig(normalization="per_microbatch")
     small, _ = run(model, tmp_path / "small", (1, 1, 1, 1, 2), algorithm)
