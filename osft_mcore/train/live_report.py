@@ -15,6 +15,7 @@ from osft_mcore.config.schema import ReportConfig
 from osft_mcore.errors import Stopped
 from osft_mcore.log.console import Console
 from osft_mcore.log.run_folder import REPORT, RunFolder
+from osft_mcore.parallel.world import variables_of_child
 from osft_mcore.report.command import temporary_file
 
 PROGRAM: Final = (sys.executable, "-m", "osft_mcore.report")
@@ -83,6 +84,8 @@ def write_report(
         with tempfile.TemporaryFile() as said:
             process = subprocess.Popen(
                 command,
+                # A rank's own names its launcher as the parent, and the report would end with that.
+                env=variables_of_child({}),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,

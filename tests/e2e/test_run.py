@@ -162,6 +162,13 @@ def test_summary_tells_layouts_versions_and_times(runs: Runs) -> None:
     assert all(seconds >= 0 for seconds in summary["seconds"].values())
 
 
+def test_both_runs_left_a_report(runs: Runs) -> None:
+    assert "report: osft/report.html\n" in runs.said
+    for folder in ("sft", "osft"):
+        page = (runs.root / folder / "report.html").read_text(encoding="utf-8")
+        assert page.startswith("<!doctype html>"), folder
+
+
 def test_scores_are_those_of_the_kept_answers(runs: Runs) -> None:
     summary = runs.summary
     base, greedy = pass_at_1(runs.answers(0, 1)), pass_at_1(runs.answers(0, 0))

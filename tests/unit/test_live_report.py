@@ -12,6 +12,7 @@ from osft_mcore.config.schema import ReportConfig
 from osft_mcore.errors import Stopped
 from osft_mcore.log.console import Console
 from osft_mcore.log.run_folder import RunFolder
+from osft_mcore.parallel.world import PARENT
 from osft_mcore.train import live_report as module
 from osft_mcore.train.live_report import live_report
 
@@ -41,6 +42,16 @@ def test_the_end_leaves_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert not (folder.path / "report.html").exists()
     assert "<!doctype html>" in (folder.path / "report.html").read_text()
     assert capsys.readouterr().out == f"report: {folder.path / 'report.html'}\n"
+
+
+def test_a_rank_that_a_launcher_started_leaves_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PARENT, str(os.getppid()))
+    folder = folder_in(tmp_path)
+    with live_report(folder, AT_END, Console(enabled=False)):
+        pass
+    assert (folder.path / "report.html").is_file()
 
 
 def test_a_run_that_is_told_to_stop_leaves_one_too(tmp_path: Path) -> None:
