@@ -1,7 +1,7 @@
 """How a training run gets its scores: by itself while it waits, or from a process beside it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from osft_mcore.train.snapshots import (
     is_waiting,
     publish,
     snapshots_folder,
+    told,
     waiting,
     withdraw,
 )
@@ -250,7 +251,7 @@ def open_scores(
     """As evaluation.mode says; an evaluator ends with this. To be entered in the main thread."""
     queue = snapshots_folder(config)
     if scoring is None or config.evaluation.mode == "inline":
-        if actor.context.rank == 0 and (lost := clear(queue)):
+        if actor.context.rank == 0 and (lost := _cleared(queue)):
             steps = ", ".join(str(entry.step) for entry in lost)
             console.say(f"step {steps} will not be scored: evaluation.mode is not async any more")
         yield InlineScores(scoring)
@@ -279,22 +280,28 @@ def _go_on(scores: AsyncScores, num_done: int) -> None:
     """Take up what earlier starts have asked for and not told of; without one there is nothing."""
     folder, queue = scores.scoring.folder, scores.queue
     rows = folder.read_lines("evaluations.jsonl") if num_done else []
-    told = {(row.get("step"), row.get("eval/temperature")) for row in rows}
+    known = {(row.get("step"), row.get("eval/temperature")) for row in rows}
     asked = {
         (row["step"], row["temperature"]): row["refusal"]
         for row in (folder.read_lines(ASKED) if num_done else ())
     }
     # The last one is asked for again.
-    untold = [at for at in asked if at not in told and at[0] < scores.num_steps]
-    clear(queue, keep=[at for at in untold if at[0] > 0])
+    untold = [at for at in asked if at not in known and at[0] < scores.num_steps]
+    _cleared(queue, keep=[at for at in untold if at[0] > 0])
     for at in untold:
         answered = (folder.path / answers_file(*at)).is_file()
         if at[0] == 0 and not answered:
-            scores.publish(at, None)
+            with told(queue):
+                scores.publish(at, None)
         elif answered or is_waiting(queue, at):
             scores.pending.append(at)
         else:
             scores.unscored[at] = asked[at] or NOT_KEPT
+
+
+def _cleared(queue: Path, *, keep: Collection[At] = ()) -> list[Entry]:
+    with told(queue):
+        return clear(queue, keep=keep)
 
 
 def _recall(scoring: Scoring | None, step: int, temperature: float) -> Evaluation | None:

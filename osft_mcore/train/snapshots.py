@@ -4,13 +4,14 @@
 
 import hashlib
 import shutil
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from osft_mcore.config.schema import RunConfig
+from osft_mcore.errors import ConfigError
 from osft_mcore.files import flush, json_bytes, parse_json, replace_file
 
 READY: Final = "READY"
@@ -92,6 +93,18 @@ def clear(queue: Path, *, keep: Collection[At] = ()) -> list[Entry]:
         # Not empty, or not there.
         queue.rmdir()
     return [entry for entry in there if entry.at not in keep]
+
+
+@contextmanager
+def told(queue: Path) -> Iterator[None]:
+    """An OSError inside is an error for users, which names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"evaluation.snapshots: {queue}, which an earlier start may have left, cannot be "
+            f"cleared and written again: {error.strerror}; remove it, or name another folder"
+        ) from error
 
 
 def announce_end(queue: Path) -> None:
