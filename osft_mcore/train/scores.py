@@ -146,9 +146,7 @@ class AsyncScores:
         """Wait, at most evaluation.wait_minutes; then nothing is left of the snapshots."""
         if not self._leads:
             return
-        with suppress(OSError):
-            # Else the evaluator does not end by itself, and is ended.
-            announce_end(self.queue)
+        announced = self._announce_end()
         limit = 60 * self.config.evaluation.wait_minutes
         began = reminded = time.monotonic()
         with self.scoring.clock("wait"):
@@ -164,7 +162,7 @@ class AsyncScores:
                     self._say_waiting(limit - (reminded - began))
                 time.sleep(POLL_S)
             if self.evaluator is not None:
-                if not self.pending:
+                if announced and not self.pending:
                     self.evaluator.leave()
                 self.evaluator.end()
         self.unscored |= dict.fromkeys(self.pending, why)
@@ -231,6 +229,18 @@ class AsyncScores:
                 withdraw(self.queue, at)
             self.unscored[at] = refusal
             self.console.say(f"step {step}, temperature {tau:g} is not scored: {refusal}")
+
+    def _announce_end(self) -> bool:
+        """False if it cannot be written: then the evaluator does not end by itself."""
+        try:
+            announce_end(self.queue)
+        except OSError as error:
+            self.console.say(
+                f"{self.queue} cannot be written: {error.strerror}; the evaluator is ended once "
+                "nothing is waited for"
+            )
+            return False
+        return True
 
     def _say_waiting(self, left_s: float) -> None:
         steps = ", ".join(dict.fromkeys(str(step) for step, _ in self.pending))

@@ -26,7 +26,7 @@ from osft_mcore.log.run_folder import ASKED, RunFolder
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json, join_groups
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.rollout.engine import RolloutEngine
-from osft_mcore.train.evaluator_process import EvaluatorProcess
+from osft_mcore.train.evaluator_process import LEAVES_S, EvaluatorProcess
 from osft_mcore.train.inputs import load_held_out
 from osft_mcore.train.scores import AsyncScores, _go_on, open_scores
 from osft_mcore.train.scoring import Scoring, open_scoring
@@ -109,6 +109,7 @@ def lived(scores: AsyncScores, rank: int, context: ParallelContext) -> Json:
     if rank == 0:
         told["gone on"] = gone_on(scores)
         told["refused"] = refused(scores)
+        told["end unheard"] = end_unheard(scores)
         # Nothing can be written there any more.
         scores.queue.rename(scores.queue.with_name("moved"))
         scores.queue.write_text("")
@@ -146,6 +147,17 @@ def gone_on(scores: AsyncScores) -> Json:
     return found
 
 
+def end_unheard(scores: AsyncScores) -> float:
+    """Seconds until an evaluator has ended that cannot be told to."""
+    again = opened(scores.config, scores.scoring, scores.actor, scores.queue.with_name("file"))
+    again.queue.write_text("")
+    again.evaluator = EvaluatorProcess(scores.config, SLEEPS)
+    began = time.monotonic()
+    again.finish(lambda: "")
+    assert again.evaluator.ended()
+    return time.monotonic() - began
+
+
 def refused(scores: AsyncScores) -> list[str]:
     """What starts say that find something else than a folder of snapshots."""
     queue, said = scores.queue.with_name("not_a_folder"), []
@@ -178,6 +190,7 @@ def test_both_ranks_go_on_whatever_becomes_of_the_evaluator(tmp_path: Path) -> N
     assert reasons == {2: ENDED, 4: FULL, 8: ENDED}
     assert second["unscored"] == {}
     assert first["left"] is False
+    assert first["end unheard"] < LEAVES_S
     for queue, said in zip(("not_a_folder", "other/snapshots"), first["refused"], strict=True):
         assert said.startswith(f"evaluation.snapshots: {out / queue}, which an earlier start")
         assert "cannot be cleared and written again: Not a directory; remove it" in said
