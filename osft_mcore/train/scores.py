@@ -26,6 +26,7 @@ from osft_mcore.train.snapshots import (
     clear,
     end_announced,
     entry_folder,
+    failure,
     is_waiting,
     publish,
     snapshots_folder,
@@ -128,7 +129,7 @@ class AsyncScores:
             return
         # Before looking for its results: it may leave one, and end.
         ended = self.evaluator.ended() if self.evaluator is not None else ""
-        while self.pending and self.scoring.tell_answered(*self.pending[0]):
+        while self.pending and self._settled(self.pending[0]):
             self.pending.pop(0)
         if not ended:
             return
@@ -141,6 +142,18 @@ class AsyncScores:
                 f"the evaluator has ended ({ended}); training goes on, and weights are not scored "
                 "any more"
             )
+
+    def _settled(self, at: At) -> bool:
+        """Its scores were told, or that there will be none."""
+        if self.scoring.tell_answered(*at):
+            return True
+        if reason := failure(self.queue, at):
+            self._left_out(at, reason)
+        return bool(reason)
+
+    def _left_out(self, at: At, reason: str) -> None:
+        self.unscored[at] = reason
+        self.console.say(f"step {at[0]}, temperature {at[1]:g} is not scored: {reason}")
 
     def finish(self, hurry: Callable[[], str]) -> None:
         """Wait, at most evaluation.wait_minutes; then nothing is left of the snapshots."""
@@ -227,8 +240,7 @@ class AsyncScores:
         if refusal:
             with suppress(OSError):
                 withdraw(self.queue, at)
-            self.unscored[at] = refusal
-            self.console.say(f"step {step}, temperature {tau:g} is not scored: {refusal}")
+            self._left_out(at, refusal)
 
     def _announce_end(self) -> bool:
         """False if it cannot be written: then the evaluator does not end by itself."""

@@ -31,7 +31,10 @@ from osft_mcore.train.inputs import load_held_out
 from osft_mcore.train.scores import AsyncScores, _go_on, open_scores
 from osft_mcore.train.scoring import Scoring, open_scoring
 from osft_mcore.train.snapshots import (
+    READY,
+    At,
     entry_folder,
+    fail_damaged,
     is_waiting,
     snapshots_folder,
     waiting,
@@ -109,6 +112,7 @@ def lived(scores: AsyncScores, rank: int, context: ParallelContext) -> Json:
     if rank == 0:
         told["gone on"] = gone_on(scores)
         told["refused"] = refused(scores)
+        told["damaged"] = damaged(scores)
         told["end unheard"] = end_unheard(scores)
         # Nothing can be written there any more.
         scores.queue.rename(scores.queue.with_name("moved"))
@@ -145,6 +149,20 @@ def gone_on(scores: AsyncScores) -> Json:
         _go_on(again, 4)
         found[what] = (again.pending, again.unscored, is_waiting(queue, (2, 1.0)))
     return found
+
+
+def damaged(scores: AsyncScores) -> list[At]:
+    """What becomes of an entry that the evaluator cannot read, and of the one after it."""
+    again = opened(scores.config, scores.scoring, scores.actor, scores.queue.with_name("damaged"))
+    for step in (1, 3):
+        again.publish((step, 1.0), None)
+    (entry_folder(again.queue, (1, 1.0)) / READY).write_text("{")
+    again.drain()
+    assert [step for step, _ in again.pending] == [1, 3], "the evaluator has not seen it"
+    [line] = fail_damaged(again.queue)
+    again.drain()
+    assert again.unscored == {(1, 1.0): line}
+    return again.pending
 
 
 def end_unheard(scores: AsyncScores) -> float:
@@ -190,6 +208,7 @@ def test_both_ranks_go_on_whatever_becomes_of_the_evaluator(tmp_path: Path) -> N
     assert reasons == {2: ENDED, 4: FULL, 8: ENDED}
     assert second["unscored"] == {}
     assert first["left"] is False
+    assert first["damaged"] == [(3, 1.0)]
     assert first["end unheard"] < LEAVES_S
     for queue, said in zip(("not_a_folder", "other/snapshots"), first["refused"], strict=True):
         assert said.startswith(f"evaluation.snapshots: {out / queue}, which an earlier start")
