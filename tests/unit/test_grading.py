@@ -232,7 +232,7 @@ def test_workers_that_cannot_start_are_reported(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with (
         new_grader() as grader,
-        pytest.raises(GradingError, match="Is math-verify installed"),
+        pytest.raises(GradingError, match="Is math-verify not installed"),
     ):
         grader.grade([HALF])
 
