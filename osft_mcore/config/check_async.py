@@ -1,5 +1,6 @@
 """What of the options on asynchronous evaluation cannot work."""
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,24 @@ def async_problems(config: RunConfig, device: str, host: Host | None) -> Iterato
             f"evaluation.snapshots: found {evaluation.snapshots!r}, expected an absolute path, "
             "such as /dev/shm, or nothing for a folder in output_dir"
         )
-    elif evaluation.snapshots and host is not None and not Path(evaluation.snapshots).is_dir():
-        yield f"evaluation.snapshots: {evaluation.snapshots!r} is not a folder; expected one to use"
+    elif evaluation.snapshots and host is not None:
+        yield from _snapshots(evaluation.snapshots)
     yield from _gpus(config, host) if device == "cuda" else _cores(config, host)
+
+
+def _snapshots(folder: str) -> Iterator[str]:
+    if not Path(folder).is_dir():
+        yield f"evaluation.snapshots: {folder!r} is not a folder; expected one to use"
+        return
+    try:
+        # Permissions alone do not tell: a file system may be read-only, full, or of another host.
+        with tempfile.TemporaryDirectory(prefix="osft-", dir=folder):
+            pass
+    except OSError as error:
+        yield (
+            f"evaluation.snapshots: {folder!r} cannot be written: {error.strerror}; expected a "
+            "folder in which this user may make others, or nothing for one in output_dir"
+        )
 
 
 def _gpus(config: RunConfig, host: Host | None) -> Iterator[str]:

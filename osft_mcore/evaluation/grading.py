@@ -22,7 +22,7 @@ from osft_mcore.evaluation.scorers import (
     ScorerOptions,
     from_file,
 )
-from osft_mcore.evaluation.worker_process import WorkerProcess
+from osft_mcore.evaluation.worker_process import START_TIMEOUT_S, WorkerProcess
 
 MAX_ATTEMPTS = 2
 """Workers that one answer may lose, by any cause but its own timeout, before it is an error."""
@@ -172,7 +172,7 @@ class Grader:
     def _update(self, worker: WorkerProcess, reply: Reply) -> None:
         match reply["kind"]:
             case "ready":
-                worker.ready = True
+                worker.ready = worker.has_loaded = True
                 self._failed_starts = 0
             case "unusable":
                 raise GradingError(
@@ -182,6 +182,13 @@ class Grader:
             case "gone" | "stuck":
                 self._remove(worker)
                 self._failed_starts += not worker.ready
+                if reply["kind"] == "stuck" and self._scorer is from_file and not worker.has_loaded:
+                    # Another one would hang as long.
+                    raise GradingError(
+                        f"evaluation.scorer: importing {self._file!r} has not ended after "
+                        f"{START_TIMEOUT_S:g} s; expected a file that defines a function and is "
+                        "done: nothing in it may wait, or compute for long, while it is imported"
+                    )
                 if self._failed_starts == MAX_FAILED_STARTS:
                     raise GradingError(self._why_no_worker_starts())
             case _:
@@ -189,13 +196,22 @@ class Grader:
 
     def _why_no_worker_starts(self) -> str:
         memory = self._config.grader_memory_gib
+        likely = "Is math-verify not installed"
+        if self._scorer is from_file:
+            likely = f"Does {self._file!r} (evaluation.scorer) end who imports it"
         return (
-            f"{MAX_FAILED_STARTS} grading workers in a row ended before they were ready. "
-            f"Is math-verify installed, and is evaluation.grader_memory_gib = {memory:g} enough? "
+            f"{MAX_FAILED_STARTS} grading workers in a row were not ready: they ended, or took "
+            f"{START_TIMEOUT_S:g} s. {likely}, or is evaluation.grader_memory_gib = {memory:g} too "
+            "little? "
             f"The reason is printed by: {sys.executable} -m osft_mcore.evaluation.grading_worker "
             f"--scorer={self._judge} --timeout-s=5 --memory-bytes={int(memory * 2**30)} "
             "< /dev/null"
         )
+
+    @property
+    def _file(self) -> str:
+        """Of a scorer that is in one."""
+        return self._judge.rpartition(":")[0]
 
     def _remove(self, worker: WorkerProcess) -> None:
         self._workers.remove(worker)

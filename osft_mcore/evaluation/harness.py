@@ -4,9 +4,11 @@ It is a program of its own, an optional package, started as a child process (tra
 """
 
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from osft_mcore.errors import ConfigError
@@ -28,6 +30,21 @@ VALUED: Final = (
 SWITCHES: Final = ("--apply_chat_template", "--fewshot_as_multiturn", "--log_samples")
 """With VALUED and --model all that is passed on. What runs foreign code, uploads, or names another
 model or place for results is not."""
+_COUNT: Final = "[1-9][0-9]*"
+_SEED: Final = r"\s*(?:[0-9]+|[Nn]one)\s*"
+NUMBERS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {
+        "--num_fewshot": ("[0-9]+", "a whole number"),
+        "--limit": (
+            r"(?=.*[1-9])(?:[0-9]+(?:\.0*)?|0?\.[0-9]+)",
+            "a whole number of problems above 0, or a share of them below 1",
+        ),
+        "--batch_size": (f"{_COUNT}|auto(?::{_COUNT})?", "a whole number above 0, auto or auto:N"),
+        "--max_batch_size": (_COUNT, "a whole number above 0"),
+        "--seed": (f"{_SEED}(?:,{_SEED}){{2,3}}|{_SEED}", "one whole number or None, or four"),
+    }
+)
+"""What the harness takes, which it would say only after the models were scored."""
 DTYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -65,20 +82,29 @@ def parse_harness(tasks: str, arguments: str, *, usual: Backend) -> Harness:
             passed.append(name)
         elif name in (*VALUED, "--model"):
             value = value if has_value else next(words, "")
-            if not value or value.startswith("--"):
-                problems.append(f"--lm-eval-args: {name} has no value")
-            elif name != "--model":
-                passed += [name, value]
-            elif value in BACKENDS:
+            if problem := _problem(name, value):
+                problems.append(f"--lm-eval-args: {problem}")
+            elif name == "--model":
                 backend = "hf" if value == "hf" else "vllm"
             else:
-                problems.append(f"--lm-eval-args: --model is {value!r}, expected hf or vllm")
+                passed += [name, value]
         else:
             known = ", ".join(("--model", *VALUED, *SWITCHES))
             problems.append(f"--lm-eval-args: {word!r} is not passed on; known: {known}")
     if problems:
         raise ConfigError(problems)
     return Harness(tasks=names, backend=backend, arguments=tuple(passed))
+
+
+def _problem(name: str, value: str) -> str:
+    """Why `name` cannot have this value; empty if it can."""
+    if not value or value.startswith("--"):
+        return f"{name} has no value"
+    if name == "--model" and value not in BACKENDS:
+        return f"--model is {value!r}, expected hf or vllm"
+    if name in NUMBERS and not re.fullmatch(NUMBERS[name][0], value):
+        return f"{name} is {value!r}, expected {NUMBERS[name][1]}"
+    return ""
 
 
 def options_file(

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -88,11 +89,15 @@ def _algebra_judge(timeout_s: float, *, fast: bool) -> Judge:
     comparisons = stages(fast=fast)
 
     def judge(*, answer: str, golds: list[str], num_tokens: int) -> Reply:
-        replies: list[Reply] = []
-        for gold in golds:
-            replies.append(_compare(comparisons, answer, gold, timeout_s / 3))
-            if replies[-1].get("score"):
-                # The time of the others is not spent: one of them may be hard.
+        replies: list[Reply] = [{"kind": "scored", "score": 0.0} for _ in golds]
+        undecided = list(range(len(golds)))
+        # The cheap one on all of them before a dear one on any.
+        for comparison in comparisons:
+            # Each has its own time: math-verify may know what sympy does not.
+            undecided = _compare_all(
+                comparison, answer, golds, undecided, replies, cpu_s=timeout_s / 3
+            )
+            if any(reply.get("score") for reply in replies):
                 break
         # What is right by one is right; what is not known of one is not known.
         return max(replies, key=lambda reply: (reply.get("score", 0.0), reply["kind"] != "scored"))
@@ -104,25 +109,35 @@ def _algebra_judge(timeout_s: float, *, fast: bool) -> Judge:
     return judge
 
 
-def _compare(
-    comparisons: Sequence[Callable[[str, str], bool | None]], answer: str, gold: str, cpu_s: float
-) -> Reply:
-    """Until one of them knows. Each has its own time: math-verify may know what sympy does not."""
-    reply: Reply = {"kind": "scored", "score": 0.0}
-    for comparison in comparisons:
+def _compare_all(
+    comparison: Callable[[str, str], bool | None],
+    answer: str,
+    golds: Sequence[str],
+    undecided: Sequence[int],
+    replies: list[Reply],
+    *,
+    cpu_s: float,
+) -> list[int]:
+    """Which of `undecided` stay so; ends at the first that is right. Changes `replies`."""
+    left: list[int] = []
+    for num_done, k in enumerate(undecided):
+        # A hard one leaves their share to those after it, an easy one also what it did not need.
+        share_s = cpu_s / (len(undecided) - num_done)
+        began = time.process_time()
         try:
-            with _cpu_limit(cpu_s):
-                verdict = comparison(answer, gold)
+            with _cpu_limit(share_s):
+                verdict = comparison(answer, golds[k])
         except OutOfTimeError:
-            reply = {"kind": "late"}
+            verdict, replies[k] = None, {"kind": "late"}
         except Exception as error:  # The libraries raise anything.
-            reply = {"kind": "error", "reason": _described(error)}
-        else:
-            if verdict:
-                return {"kind": "scored", "score": 1.0}
-            if verdict is False:
-                break
-    return reply
+            verdict, replies[k] = None, {"kind": "error", "reason": _described(error)}
+        cpu_s -= min(share_s, time.process_time() - began)
+        if verdict:
+            replies[k] = {"kind": "scored", "score": 1.0}
+            break
+        if verdict is None:
+            left.append(k)
+    return left
 
 
 @contextlib.contextmanager

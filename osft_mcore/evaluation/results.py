@@ -188,6 +188,7 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
         values |= {
             f"{prefix}/maj@{source.num_asked}": _mean(source.majority_values()),
             f"{prefix}/response_length_mean": _mean(lengths),
+            f"{prefix}/response_length_min": min(lengths),
             f"{prefix}/response_length_max": max(lengths),
             f"{prefix}/cut_off_ratio": _mean([answer.truncated for answer in answers]),
             f"{prefix}/score_mean": _mean([answer.score for answer in answers]),
@@ -266,6 +267,7 @@ def _source_report(source: SourceScores, num_dropped: int, seed: int) -> dict[st
             "mean": _mean(lengths),
             "median": median(lengths),
             "p95": float(np.percentile(lengths, 95)),
+            "min": min(lengths),
             "max": max(lengths),
         },
         "cut_off_ratio": _mean([answer.truncated for answer in answers]),

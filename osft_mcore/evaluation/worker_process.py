@@ -60,7 +60,7 @@ class WorkerProcess:
         os.set_blocking(self._stdout.fileno(), False)
         self._received = b""
         self.pid = self._process.pid
-        self.ready = False
+        self.ready = self.has_loaded = False
         self.question: Question | None = None
         self.deadline = time.monotonic() + START_TIMEOUT_S
 

@@ -1,9 +1,10 @@
 """The scores of a model, or of a run's checkpoints, at one temperature or several."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from osft_mcore.config.evaluation import temperatures
@@ -19,8 +20,9 @@ from osft_mcore.parallel.stop import StopSignals, agreed_stop, deadline
 from osft_mcore.train.harness import harness_results
 from osft_mcore.train.identity import start_fingerprint
 from osft_mcore.train.inputs import load_held_out
-from osft_mcore.train.resume import SUMMARY
+from osft_mcore.train.resume import SUMMARY, read_json
 from osft_mcore.train.sampler import BuildEngine, Sampler, fill_engine, open_sampler, say_start
+from osft_mcore.train.score_files import result_file
 from osft_mcore.train.scored import Scored, check_earlier_scores, scored_models
 from osft_mcore.train.scoring import Scoring, open_scoring
 from osft_mcore.train.summary import seconds_of
@@ -66,8 +68,9 @@ def run_evaluate(
             config=config, models=models, context=context, sampler=sampler, scoring=scoring,
             console=console,
         )  # fmt: skip
-        found = scores.run()
-        if found:
+        if found := scores.run():
+            # What earlier starts have found in this folder is as good.
+            found = _in_order([*found, *_others(scoring, found)], config.evaluation.temperature)
             summary = _summary(config, found, held_out.num_problems)
             summary["seconds"] = seconds_of(sampler.clock)
             if by_step := harness_results(sampler.folder.path):
@@ -162,13 +165,35 @@ class _Turn:
             self.before()
 
 
+def _others(scoring: Scoring, found: Sequence[Evaluation]) -> Iterator[Evaluation]:
+    """What the folder holds besides; on the grading rank."""
+    known = {Path(result_file(at.step, at.temperature)).name for at in found}
+    folder = scoring.folder.path / result_file(0, 0.0)
+    for file in sorted(folder.parent.glob("step_*_temperature_*.json")):
+        if file.name not in known:
+            kept = read_json(file)
+            evaluation = scoring.recall(kept["step"], kept["temperature"])
+            # Else a start was ended before it had written the answers.
+            if evaluation is not None:
+                yield evaluation
+
+
+def _in_order(found: Sequence[Evaluation], first: float) -> list[Evaluation]:
+    """By step and temperature, `first` before the others: however many starts have made them."""
+    return sorted(found, key=lambda at: (at.step, at.temperature != first, at.temperature))
+
+
 def _summary(config: RunConfig, found: Sequence[Evaluation], num_problems: int) -> dict[str, Any]:
-    """The first model's figures in front; then every model's, and the last against the first."""
+    """The first model's figures in front; then every model's, and the last against the first.
+
+    First and last of those with scores at evaluation.temperature.
+    """
     by_step: dict[int, dict[float, Evaluation]] = {}
     for evaluation in found:
         by_step.setdefault(evaluation.step, {})[evaluation.temperature] = evaluation
     tau = config.evaluation.temperature
-    first, last = by_step[min(by_step)], by_step[max(by_step)]
+    at_tau = [by_step[step] for step in sorted(by_step) if tau in by_step[step]]
+    first, last = at_tau[0], at_tau[-1]
     best = first[best_temperature({t: at.headline for t, at in first.items()})]
     summary = {
         "model": {"path": config.model.path, "weights": start_fingerprint(config)},

@@ -17,7 +17,14 @@ from osft_mcore.train.inputs import load_held_out
 from osft_mcore.train.sampler import BuildEngine, fill_engine
 from osft_mcore.train.scored import Scored
 from osft_mcore.train.scoring import open_scoring
-from osft_mcore.train.snapshots import Entry, end_announced, snapshots_folder, waiting, withdraw
+from osft_mcore.train.snapshots import (
+    Entry,
+    end_announced,
+    fail_damaged,
+    snapshots_folder,
+    waiting,
+    withdraw,
+)
 
 POLL_S: Final = 0.2
 
@@ -45,7 +52,7 @@ def run_follow(
         assert scoring is not None, "the run's options were checked: there are evaluation.files"
         console.say("ready")
         in_engine = None
-        while (entry := _next_entry(queue, context)) is not None:
+        while (entry := _next_entry(queue, context, console)) is not None:
             if in_engine != entry.step:
                 exported = Path(entry.weights) if entry.weights else None
                 fill_engine(engine, config, context, Scored(step=entry.step, exported=exported))
@@ -57,13 +64,16 @@ def run_follow(
             console.say(f"step {entry.step}, temperature {entry.temperature:g}: {seconds:.1f} s")
 
 
-def _next_entry(queue: Path, context: ParallelContext) -> Entry | None:
+def _next_entry(queue: Path, context: ParallelContext, console: Console) -> Entry | None:
     """What to score next, waited for; None at the end. Rank 0 looks. Collective."""
     with context.watch.phase(IDLE):
         while True:
             ended, found = False, list[Entry]()
             if context.rank == 0:
-                ended, found = end_announced(queue), waiting(queue)
+                ended = end_announced(queue)
+                for line in fail_damaged(queue):
+                    console.say(f"not scored: {line}")
+                found = waiting(queue)
             first = dataclasses.asdict(found[0]) if found else None
             ended, first = all_gather_json([ended, first], context)[0]
             if first is not None:

@@ -22,7 +22,7 @@ from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.identity import identity
 from osft_mcore.train.live_report import live_report
-from osft_mcore.train.scored import START, Scored, scores_identity
+from osft_mcore.train.scored import START, Scored, identity_kept
 from osft_mcore.train.start import open_folder, say_model
 from osft_mcore.weights.fill import fill, filled
 from osft_mcore.weights.finite import non_finite
@@ -78,7 +78,7 @@ def open_sampler(
 
 def _began_with(config: RunConfig, phase: Phase) -> dict[str, Any]:
     """What the manifest keeps, for a later start to know whether it goes on with the same."""
-    made_of = scores_identity(config) if phase == "evaluate" else identity(config, phase)
+    made_of = identity_kept(config) if phase == "evaluate" else identity(config, phase)
     return {"options": as_options(config), "identity": made_of}
 
 

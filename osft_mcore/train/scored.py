@@ -128,12 +128,18 @@ def check_earlier_scores(config: RunConfig) -> bool:
     ]
     refuse_other(config, other)
     folder = Path(config.output_dir)
-    files = [
-        folder / answers_file(scored.step, tau)
+    asked = [
+        (scored.step, tau)
         for scored in models
         for tau in temperatures(config.evaluation, baseline=scored.baseline)
     ]
-    if (folder / SUMMARY).is_file() and all(file.is_file() for file in files):
+    # A start that was killed may have left answers that the summary does not have yet.
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {"steps": {}}
+    if all(
+        f"{tau:g}" in summary["steps"].get(str(step), {})
+        and (folder / answers_file(step, tau)).is_file()
+        for step, tau in asked
+    ):
         raise NothingLeft(
             f"the scores are in {folder / SUMMARY}; to score anew choose another output_dir"
         )
@@ -146,6 +152,14 @@ def scores_identity(config: RunConfig) -> dict[str, Any]:
     del files["weights"]
     weights = {str(at.step): at.fingerprint(config) for at in scored_models(config)}
     return {"files": files, "weights": weights}
+
+
+def identity_kept(config: RunConfig) -> dict[str, Any]:
+    """The same with all weights that output_dir has scores of, for a later start to know them."""
+    made_of, before = scores_identity(config), manifest_before(config, "evaluate")
+    if before is not None:
+        made_of["weights"] = before["identity"]["weights"] | made_of["weights"]
+    return made_of
 
 
 def _left_behind(run: Path) -> list[Scored]:

@@ -1,7 +1,7 @@
 """How a training run gets its scores: by itself while it waits, or from a process beside it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +26,11 @@ from osft_mcore.train.snapshots import (
     clear,
     end_announced,
     entry_folder,
+    failure,
     is_waiting,
     publish,
     snapshots_folder,
+    told,
     waiting,
     withdraw,
 )
@@ -127,7 +129,7 @@ class AsyncScores:
             return
         # Before looking for its results: it may leave one, and end.
         ended = self.evaluator.ended() if self.evaluator is not None else ""
-        while self.pending and self.scoring.tell_answered(*self.pending[0]):
+        while self.pending and self._settled(self.pending[0]):
             self.pending.pop(0)
         if not ended:
             return
@@ -141,13 +143,23 @@ class AsyncScores:
                 "any more"
             )
 
+    def _settled(self, at: At) -> bool:
+        """Its scores were told, or that there will be none."""
+        if self.scoring.tell_answered(*at):
+            return True
+        if reason := failure(self.queue, at):
+            self._left_out(at, reason)
+        return bool(reason)
+
+    def _left_out(self, at: At, reason: str) -> None:
+        self.unscored[at] = reason
+        self.console.say(f"step {at[0]}, temperature {at[1]:g} is not scored: {reason}")
+
     def finish(self, hurry: Callable[[], str]) -> None:
         """Wait, at most evaluation.wait_minutes; then nothing is left of the snapshots."""
         if not self._leads:
             return
-        with suppress(OSError):
-            # Else the evaluator does not end by itself, and is ended.
-            announce_end(self.queue)
+        announced = self._announce_end()
         limit = 60 * self.config.evaluation.wait_minutes
         began = reminded = time.monotonic()
         with self.scoring.clock("wait"):
@@ -163,7 +175,7 @@ class AsyncScores:
                     self._say_waiting(limit - (reminded - began))
                 time.sleep(POLL_S)
             if self.evaluator is not None:
-                if not self.pending:
+                if announced and not self.pending:
                     self.evaluator.leave()
                 self.evaluator.end()
         self.unscored |= dict.fromkeys(self.pending, why)
@@ -228,8 +240,19 @@ class AsyncScores:
         if refusal:
             with suppress(OSError):
                 withdraw(self.queue, at)
-            self.unscored[at] = refusal
-            self.console.say(f"step {step}, temperature {tau:g} is not scored: {refusal}")
+            self._left_out(at, refusal)
+
+    def _announce_end(self) -> bool:
+        """False if it cannot be written: then the evaluator does not end by itself."""
+        try:
+            announce_end(self.queue)
+        except OSError as error:
+            self.console.say(
+                f"{self.queue} cannot be written: {error.strerror}; the evaluator is ended once "
+                "nothing is waited for"
+            )
+            return False
+        return True
 
     def _say_waiting(self, left_s: float) -> None:
         steps = ", ".join(dict.fromkeys(str(step) for step, _ in self.pending))
@@ -250,7 +273,7 @@ def open_scores(
     """As evaluation.mode says; an evaluator ends with this. To be entered in the main thread."""
     queue = snapshots_folder(config)
     if scoring is None or config.evaluation.mode == "inline":
-        if actor.context.rank == 0 and (lost := clear(queue)):
+        if actor.context.rank == 0 and (lost := _cleared(queue)):
             steps = ", ".join(str(entry.step) for entry in lost)
             console.say(f"step {steps} will not be scored: evaluation.mode is not async any more")
         yield InlineScores(scoring)
@@ -279,22 +302,28 @@ def _go_on(scores: AsyncScores, num_done: int) -> None:
     """Take up what earlier starts have asked for and not told of; without one there is nothing."""
     folder, queue = scores.scoring.folder, scores.queue
     rows = folder.read_lines("evaluations.jsonl") if num_done else []
-    told = {(row.get("step"), row.get("eval/temperature")) for row in rows}
+    known = {(row.get("step"), row.get("eval/temperature")) for row in rows}
     asked = {
         (row["step"], row["temperature"]): row["refusal"]
         for row in (folder.read_lines(ASKED) if num_done else ())
     }
     # The last one is asked for again.
-    untold = [at for at in asked if at not in told and at[0] < scores.num_steps]
-    clear(queue, keep=[at for at in untold if at[0] > 0])
+    untold = [at for at in asked if at not in known and at[0] < scores.num_steps]
+    _cleared(queue, keep=[at for at in untold if at[0] > 0])
     for at in untold:
         answered = (folder.path / answers_file(*at)).is_file()
         if at[0] == 0 and not answered:
-            scores.publish(at, None)
+            with told(queue):
+                scores.publish(at, None)
         elif answered or is_waiting(queue, at):
             scores.pending.append(at)
         else:
             scores.unscored[at] = asked[at] or NOT_KEPT
+
+
+def _cleared(queue: Path, *, keep: Collection[At] = ()) -> list[Entry]:
+    with told(queue):
+        return clear(queue, keep=keep)
 
 
 def _recall(scoring: Scoring | None, step: int, temperature: float) -> Evaluation | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from toy_run import Start, read_lines, toy_config, write_start
 from osft_mcore.actor.actor import Actor
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.tokenizer import load_tokenizer
+from osft_mcore.errors import ConfigError
 from osft_mcore.evaluation.results import Answer
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
@@ -24,11 +26,20 @@ from osft_mcore.log.run_folder import ASKED, RunFolder
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json, join_groups
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.rollout.engine import RolloutEngine
-from osft_mcore.train.evaluator_process import EvaluatorProcess
+from osft_mcore.train.evaluator_process import LEAVES_S, EvaluatorProcess
 from osft_mcore.train.inputs import load_held_out
-from osft_mcore.train.scores import AsyncScores, _go_on
+from osft_mcore.train.scores import AsyncScores, _go_on, open_scores
 from osft_mcore.train.scoring import Scoring, open_scoring
-from osft_mcore.train.snapshots import entry_folder, is_waiting, waiting, withdraw
+from osft_mcore.train.snapshots import (
+    READY,
+    At,
+    entry_folder,
+    fail_damaged,
+    is_waiting,
+    snapshots_folder,
+    waiting,
+    withdraw,
+)
 from osft_mcore.train.start import build_actor
 
 TP2 = Topology(tp=2, pp=1, dp=1, rollout_tp=2)
@@ -100,6 +111,9 @@ def lived(scores: AsyncScores, rank: int, context: ParallelContext) -> Json:
     scores.drain()
     if rank == 0:
         told["gone on"] = gone_on(scores)
+        told["refused"] = refused(scores)
+        told["damaged"] = damaged(scores)
+        told["end unheard"] = end_unheard(scores)
         # Nothing can be written there any more.
         scores.queue.rename(scores.queue.with_name("moved"))
         scores.queue.write_text("")
@@ -137,6 +151,50 @@ def gone_on(scores: AsyncScores) -> Json:
     return found
 
 
+def damaged(scores: AsyncScores) -> list[At]:
+    """What becomes of an entry that the evaluator cannot read, and of the one after it."""
+    again = opened(scores.config, scores.scoring, scores.actor, scores.queue.with_name("damaged"))
+    for step in (1, 3):
+        again.publish((step, 1.0), None)
+    (entry_folder(again.queue, (1, 1.0)) / READY).write_text("{")
+    again.drain()
+    assert [step for step, _ in again.pending] == [1, 3], "the evaluator has not seen it"
+    [line] = fail_damaged(again.queue)
+    again.drain()
+    assert again.unscored == {(1, 1.0): line}
+    return again.pending
+
+
+def end_unheard(scores: AsyncScores) -> float:
+    """Seconds until an evaluator has ended that cannot be told to."""
+    again = opened(scores.config, scores.scoring, scores.actor, scores.queue.with_name("file"))
+    again.queue.write_text("")
+    again.evaluator = EvaluatorProcess(scores.config, SLEEPS)
+    began = time.monotonic()
+    again.finish(lambda: "")
+    assert again.evaluator.ended()
+    return time.monotonic() - began
+
+
+def refused(scores: AsyncScores) -> list[str]:
+    """What starts say that find something else than a folder of snapshots."""
+    queue, said = scores.queue.with_name("not_a_folder"), []
+    queue.write_text("")
+    inline = replace(scores.config, evaluation=replace(scores.config.evaluation, mode="inline"))
+    inline = replace(inline, output_dir=str(queue.with_name("other")))
+    snapshots_folder(inline).parent.mkdir()
+    snapshots_folder(inline).write_text("")
+    again = opened(scores.config, scores.scoring, scores.actor, queue)
+    for start in (
+        lambda: _go_on(again, 4),
+        lambda: open_scores(inline, None, scores.actor, scores.console, None, 9).__enter__(),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            start()
+        said += caught.value.problems
+    return said
+
+
 def test_both_ranks_go_on_whatever_becomes_of_the_evaluator(tmp_path: Path) -> None:
     start, out = write_start(tmp_path), tmp_path / "run"
     first, second = run_ranks(life, 2, start=start, out=out)
@@ -150,6 +208,11 @@ def test_both_ranks_go_on_whatever_becomes_of_the_evaluator(tmp_path: Path) -> N
     assert reasons == {2: ENDED, 4: FULL, 8: ENDED}
     assert second["unscored"] == {}
     assert first["left"] is False
+    assert first["damaged"] == [(3, 1.0)]
+    assert first["end unheard"] < LEAVES_S
+    for queue, said in zip(("not_a_folder", "other/snapshots"), first["refused"], strict=True):
+        assert said.startswith(f"evaluation.snapshots: {out / queue}, which an earlier start")
+        assert "cannot be cleared and written again: Not a directory; remove it" in said
     [row] = read_lines(out / "evaluations.jsonl")
     assert (row["step"], row["eval/temperature"], row["eval/pass_at_1"]) == (0, 1.0, 1.0)
     asked = [(row["step"], row["refusal"][:8]) for row in read_lines(out / ASKED)]

@@ -202,7 +202,45 @@ def test_more_temperatures_and_steps_go_on(start: Start, run: Path, undisturbed:
     # 0.5 in three portions, and greedy in one.
     assert finish(more) == "done after 4 calls"
     assert len(read_lines(out / "evaluations.jsonl")) == 6
-    assert list(json.loads((out / "summary.json").read_text())["steps"]) == ["4"]
+    ours, theirs = (json.loads((at / "summary.json").read_text()) for at in (out, undisturbed))
+    assert list(ours["steps"]["4"]) == ["1", "0", "0.5"]
+    # What the first start has found is still there.
+    assert [ours["steps"][step] for step in "02"] == [theirs["steps"][step] for step in "02"]
+    for name in ("pass_at_1", "best_temperature", "gain", "gain_ci95", "gain_p_value"):
+        assert ours[name] == theirs[name], name
+    made_of = [
+        json.loads((at / "manifest.json").read_text())["identity"] for at in (out, undisturbed)
+    ]
+    assert made_of[0] == made_of[1]
+    for steps in ((), (4,)):
+        with pytest.raises(NothingLeft):
+            check_earlier_scores(scores_config(start, run, out, steps=steps))
+
+
+def test_answers_that_the_summary_lacks_are_put_into_it(
+    start: Start, run: Path, undisturbed: Path
+) -> None:
+    """Killed just before, a second start has left the first one's."""
+    out = undisturbed.parent / "lacking"
+    shutil.copytree(undisturbed, out)
+    summary = json.loads((out / "summary.json").read_text())
+    del summary["steps"]["4"]
+    (out / "summary.json").write_text(json.dumps(summary))
+    assert finish(scores_config(start, run, out)) == "done after 0 calls"
+    assert contents(out) == contents(undisturbed)
+
+
+def test_only_models_that_have_the_temperature_are_compared(
+    start: Start, run: Path, undisturbed: Path
+) -> None:
+    out = undisturbed.parent / "elsewhere"
+    shutil.copytree(undisturbed, out)
+    config = scores_config(start, run, out, steps=(4,), temperature=0.5)
+    assert finish(config) == "done after 3 calls"
+    ours, theirs = (json.loads((at / "summary.json").read_text()) for at in (out, undisturbed))
+    assert ours["steps"]["2"] == theirs["steps"]["2"]
+    assert ours["pass_at_1"] == ours["steps"]["4"]["0.5"]["pass@1"]
+    assert "gain" not in ours, "no other model has scores at 0.5"
 
 
 @pytest.mark.parametrize(

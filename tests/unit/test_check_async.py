@@ -67,6 +67,8 @@ def test_gpus() -> None:
         (run(files=()), "cpu", "evaluation.files is empty"),
         (run(snapshots="shm"), "cpu", "expected an absolute path"),
         (run(snapshots="/no/such/folder"), "cpu", "is not a folder"),
+        # Not even root may make a folder there.
+        (run(snapshots="/proc"), "cpu", "evaluation.snapshots: '/proc' cannot be written: "),
         (run(snapshots="/dev/shm"), "cpu", None),
         (run(mode="inline", devices="7"), "cuda", "evaluation.devices: it is for"),
         (run(mode="inline", snapshots="/dev/shm"), "cpu", "evaluation.snapshots: it is for"),

@@ -152,6 +152,7 @@ def test_metrics_by_hand(grader: Grader) -> None:
         "eval/sums/maj@4": pytest.approx(1 / 2),
         "eval/products/maj@4": 0.0,
         "eval/sums/response_length_mean": pytest.approx(sum(lengths_sums) / 8),
+        "eval/sums/response_length_min": 9,
         "eval/sums/response_length_max": 12,
         "eval/sums/cut_off_ratio": pytest.approx(1 / 8),
         "eval/sums/score_mean": pytest.approx(3 / 8),
@@ -170,6 +171,7 @@ def test_metrics_by_hand(grader: Grader) -> None:
         "eval/products/pass@2": 0.0,
         "eval/products/pass@4": 0.0,
         "eval/products/response_length_mean": pytest.approx((3 * 9 + 7) / 4),
+        "eval/products/response_length_min": 7,
         "eval/products/response_length_max": 9,
         "eval/products/cut_off_ratio": 0.0,
         "eval/products/score_mean": 0.0,
@@ -304,7 +306,8 @@ def test_a_report_by_hand(grader: Grader) -> None:
     # Of two drawn from 2 right and 2 wrong both are right once in six; never all of four.
     assert [sums["worst@k"][k] for k in "124"] == pytest.approx([3 / 8, 1 / 12, 0.0])
     assert sums["response_length"] == {
-        "mean": pytest.approx(75 / 8), "median": 9, "p95": pytest.approx(10.95), "max": 12,
+        "mean": pytest.approx(75 / 8), "median": 9, "p95": pytest.approx(10.95), "min": 9,
+        "max": 12,
     }  # fmt: skip
     assert (sums["no_answer"], sums["timeouts"], sums["cut_off_ratio"]) == (1, 0, 1 / 8)
     json.dumps(found)

@@ -16,6 +16,7 @@ import pytest
 from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.errors import GradingError
 from osft_mcore.evaluation.grading import Grader
+from osft_mcore.evaluation.judges import load_judge
 from osft_mcore.evaluation.limits import MAX_ANSWER_CHARS
 from osft_mcore.evaluation.scorers import Grade, Sample
 
@@ -46,6 +47,8 @@ HALF = boxed(r"\frac{2}{2\sqrt{2}}", r"\frac{\sqrt{2}}{2}")
 THIRD = boxed(r"\frac{2}{2\sqrt{3}}", r"\frac{\sqrt{3}}{3}")
 FIFTH = boxed(r"\frac{2}{2\sqrt{5}}", r"\frac{\sqrt{5}}{5}")
 """Right, but only algebra can tell."""
+HARD = [rf"\int_0^{n} \sin(\sin(\sin(\sin(x^{{x^{{x}}}})))) dx" for n in range(1, 9)]
+"""Of these nobody can tell in time."""
 
 
 # Algebra, in workers
@@ -90,10 +93,17 @@ def test_gold_may_be_a_number_or_several(grader: Grader, gold: Any, grade: Grade
 
 
 def test_a_right_answer_does_not_wait_for_what_else_would_be_right() -> None:
-    hard = [rf"\int_0^{n} \sin(\sin(\sin(\sin(x^{{x^{{x}}}})))) dx" for n in range(1, 9)]
     with new_grader(timeout_s=1.5) as grader:
-        golds = [r"\frac{\sqrt{5}}{5}", *hard]
-        assert grader.grade([boxed(r"\frac{2}{2\sqrt{5}}", golds)]) == [CORRECT]
+        for golds in ([FIFTH.gold, *HARD], [*HARD, FIFTH.gold]):
+            assert grader.grade([boxed(r"\frac{2}{2\sqrt{5}}", golds)]) == [CORRECT]
+
+
+def test_many_expected_answers_share_the_time_of_one() -> None:
+    judge = load_judge("boxed_math", timeout_s := 0.9)
+    assert not isinstance(judge, str)
+    began = time.process_time()
+    assert judge(answer=r"\frac{2}{2\sqrt{5}}", golds=HARD, num_tokens=0) == {"kind": "late"}
+    assert time.process_time() - began < timeout_s
 
 
 def test_order_is_kept_across_workers_and_repeats(grader: Grader) -> None:
@@ -222,7 +232,7 @@ def test_workers_that_cannot_start_are_reported(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with (
         new_grader() as grader,
-        pytest.raises(GradingError, match="Is math-verify installed"),
+        pytest.raises(GradingError, match="Is math-verify not installed"),
     ):
         grader.grade([HALF])
 

@@ -77,6 +77,26 @@ def test_all_mistakes_are_named_at_once() -> None:
         parse_harness("mmlu", "--gen_kwargs 'a", usual="hf")
 
 
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("--num_fewshot", ["0", "5"], ["five", "-1", "1.5", "4x"]),
+        ("--limit", ["10", "10.0", "0.25", ".5"], ["0", "0.0", "-1", "ten", "2.5", "nan", "1%"]),
+        ("--batch_size", ["8", "auto", "auto:4"], ["0", "auto:", "automatic", "-2", "8.0"]),
+        ("--max_batch_size", ["64"], ["0", "auto", "many"]),
+        ("--seed", ["0", "None", "0,None,8,52", "1,2,3"], ["x", "1,2", "1,2,3,4,5", "1.5", "-1"]),
+    ],
+)
+def test_numbers_are_checked_at_the_start(name: str, right: list[str], wrong: list[str]) -> None:
+    for value in right:
+        assert parse_harness("a", f"{name} {value}", usual="hf").arguments == (name, value)
+    arguments = " ".join(f"{name}={value}" for value in wrong)
+    with pytest.raises(ConfigError) as caught:
+        parse_harness("a", arguments, usual="hf")
+    told = [problem.partition(", expected")[0] for problem in caught.value.problems]
+    assert told == [f"--lm-eval-args: {name} is {value!r}" for value in wrong]
+
+
 def test_a_path_may_hold_any_character() -> None:
     asked = Harness(tasks=("a",), backend="vllm")
     options = options_file(

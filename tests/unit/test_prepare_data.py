@@ -239,6 +239,30 @@ def test_all_formats_give_the_same(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", "", "no rows in {}"),
+        ("a.json", "[]", "no rows in {}"),
+        ("a.csv", "", "no rows in {}"),
+        (
+            "a.jsonl",
+            '{"cut\nx\n[]\n{}\n',
+            "no row can be read in {}; of the first: 2 not JSON, 1 not a JSON object, "
+            "1 without columns",
+        ),
+        ("a.json", "[1]", "no row can be read in {}; of the first: 1 not a JSON object"),
+    ],
+)
+def test_a_file_without_a_readable_row(
+    name: str, content: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        run("math500", local=tmp_path / name, out=tmp_path / "data")
+    assert caught.value.problems == (f"--from: math500: {expected.format(tmp_path / name)}",)
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "in.jsonl", [MATH500, {**MATH500, "problem": "2+2?"}])
     for folder in ("one", "two"):

@@ -183,6 +183,24 @@ def test_a_function_that_comes_back_twice_scores_its_own_answer_only(tmp_path: P
     assert [(grade.score, grade.status) for grade in grades] == [(1, "ok"), (0, "ok"), (0, "ok")]
 
 
+def test_a_file_that_hangs_or_dies_is_named_and_tried_no_longer_than_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("osft_mcore.evaluation.worker_process.START_TIMEOUT_S", 2.0)
+    file = tmp_path / "my_scorer.py"
+    file.write_text("open(__file__ + '.tried', 'a').write('x')\nimport time; time.sleep(600)")
+    with new_grader(f"{file}:score") as grader, pytest.raises(GradingError) as hangs:
+        grader.check()
+    assert f"evaluation.scorer: importing {str(file)!r} has not ended after" in str(hangs.value)
+    monkeypatch.undo()
+    assert len((tmp_path / "my_scorer.py.tried").read_text()) <= 1
+    file.write_text("import os; os._exit(3)")
+    with new_grader(f"{file}:score") as grader, pytest.raises(GradingError) as dies:
+        grader.check()
+    assert f"Does {str(file)!r} (evaluation.scorer) end who imports it, or" in str(dies.value)
+    assert "math-verify" not in str(dies.value)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -14,6 +14,8 @@ from osft_mcore.train.snapshots import (
     clear,
     end_announced,
     entry_folder,
+    fail_damaged,
+    failure,
     is_waiting,
     publish,
     snapshots_folder,
@@ -45,6 +47,36 @@ def test_what_is_not_complete_does_not_count(tmp_path: Path) -> None:
     publish(tmp_path, entry(4))
     assert is_waiting(tmp_path, (4, 1.0))
     assert not is_waiting(tmp_path, (4, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "Expecting value"),
+        (b'{"step": 4, "temp', "Unterminated string"),
+        (b"\xff\xfe\xff", "decode"),
+        (b"[]", "mapping"),
+        (b'{"step": 4}', "missing 3 required"),
+        (b'{"step": "4", "temperature": 1, "number": 1, "weights": ""}', "step='4'"),
+        (b'{"step": 5, "temperature": 1, "number": 1, "weights": ""}', "step_5_temperature_1"),
+    ],
+)
+def test_a_damaged_entry_is_told_and_holds_up_no_other(
+    content: bytes, expected: str, tmp_path: Path
+) -> None:
+    for step in (4, 8):
+        publish(tmp_path, entry(step))
+    marker = entry_folder(tmp_path, (4, 1.0)) / READY
+    marker.write_bytes(content)
+    assert [one.step for one in waiting(tmp_path)] == [8]
+    [line] = fail_damaged(tmp_path)
+    assert line.startswith(f"{marker} cannot be read: ")
+    assert expected in line
+    assert (failure(tmp_path, (4, 1.0)), failure(tmp_path, (8, 1.0))) == (line, "")
+    assert not marker.parent.exists()
+    assert fail_damaged(tmp_path) == []
+    assert [one.step for one in clear(tmp_path)] == [8]
+    assert not tmp_path.exists()
 
 
 def test_a_removal_that_breaks_off_leaves_nothing_that_counts(

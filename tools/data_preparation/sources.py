@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from osft_mcore.errors import DataError
 from osft_mcore.files import parse_json, record_of
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
-NUM_LINES_LOOKED_AT = 100
-"""Of a jsonl file, to know its columns."""
+NUM_ROWS_TRIED = 100
+"""Of a jsonl or json file, to know its columns."""
 ROWS_AT_ONCE = 1000
 REPORT_START = b'{\n  "written_by":'
 
@@ -129,6 +130,8 @@ def _by_split(data_set: DataSet, files: Sequence[Path], root: Path) -> dict[str,
 
 def _local(split: str, files: Sequence[Path], root: Path, left_out: Sequence[str]) -> Source:
     columns = dict.fromkeys(name for file in files for name in _columns(file))
+    if not columns:
+        raise DataError(_no_rows(files))
     records = {file.relative_to(root).as_posix(): record_of(file) for file in files}
     return Source(
         split=split,
@@ -146,6 +149,17 @@ def _local(split: str, files: Sequence[Path], root: Path, left_out: Sequence[str
     )
 
 
+def _no_rows(files: Sequence[Path]) -> str:
+    """Why files have no columns."""
+    rows = [row for file in files for row in itertools.islice(read_rows(file, ()), NUM_ROWS_TRIED)]
+    named = ", ".join(map(str, files[:5])) + (f" and {len(files) - 5} more" if files[5:] else "")
+    if not rows:
+        return f"no rows in {named}"
+    found = Counter(row if isinstance(row, str) else "without columns" for row in rows)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in found.items())
+    return f"no row can be read in {named}; of the first: {reasons}"
+
+
 def _columns(file: Path) -> list[str]:
     """Names of a file's columns. Raises DataError if it cannot be read."""
     try:
@@ -155,7 +169,7 @@ def _columns(file: Path) -> list[str]:
         if file.suffix == ".csv":
             with file.open(encoding="utf-8", newline="") as stream:
                 return list(next(_csv_reader(stream), []))
-        rows = itertools.islice(read_rows(file, ()), NUM_LINES_LOOKED_AT)
+        rows = itertools.islice(read_rows(file, ()), NUM_ROWS_TRIED)
         return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
