@@ -78,7 +78,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     check_launch_environment()
     world_size = launched_world_size()
     harness = _harness(arguments)
-    checks = partial(
+    sound = partial(
         check,
         world_size=world_size,
         phase=phase,
@@ -87,12 +87,13 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
         known=partial(known_shape, config_dir=arguments.config_dir),
         host=None if arguments.dry_run else _host(),
     )
+    checks = partial(_check, arguments=arguments, sound=sound)
     try:
         config = _load(arguments.overrides, arguments)
     except ConfigError as error:
         hidden = _hidden_by(error, checks, arguments)
         raise ConfigError([*error.problems, *hidden]) from None
-    _refuse_secrets(config, arguments, checks)
+    checks(config)
     rollout_tp = config.rollout.tp if samples(phase) else 1
     topology = topology_of(config.parallel, rollout_tp=rollout_tp)
     if arguments.dry_run:
@@ -116,16 +117,16 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_secrets(
-    config: "RunConfig", arguments: argparse.Namespace, checks: Callable[["RunConfig"], None]
+def _check(
+    config: "RunConfig", *, arguments: argparse.Namespace, sound: Callable[["RunConfig"], None]
 ) -> None:
-    """Raise ConfigError for options that hold a secret, and for whatever `checks` raises it for."""
+    """Raise ConfigError for options that hold a secret, and for whatever `sound` raises it for."""
     from osft_mcore.config.load import as_options
 
     options = as_options(config) | {"--lm-eval-args": getattr(arguments, "lm_eval_args", "")}
     problems = redact.options_with_secrets(options, redact.environment_secrets(os.environ))
     try:
-        checks(config)
+        sound(config)
     except ConfigError as error:
         problems += error.problems
     if problems:

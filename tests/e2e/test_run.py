@@ -74,7 +74,7 @@ TRACKED = ["logging.wandb=true"]
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef" * 2 + "feedbeef",
     "HF_TOKEN": "hf_" + "aB3" * 11,
-    "SOME_SERVICE_TOKEN": "planted,token",
+    "SOME_SERVICE_TOKEN": "planted.token",
     "SOME_SECRET": "planted-secret",
     "DATABASE_PASSWORD": "planted.password",
 }
@@ -224,7 +224,7 @@ def test_no_secret_of_the_environment_is_written_or_said(runs: Runs) -> None:
 def test_an_option_with_a_secret_is_refused_before_anything_is_written(runs: Runs) -> None:
     given = [
         *OSFT, "output_dir=refused", "data.train=https://me:planted.password@host/x",
-        "data.system_prompt=planted-secret", "logging.wandb_project=planted,token",
+        "data.system_prompt=planted-secret", "logging.wandb_project=planted.token",
     ]  # fmt: skip
     result = forked(["train", *given], runs.root, SECRETS)
     assert result.code == 2
