@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from osft_mcore import __version__
 from osft_mcore.errors import ConfigError, NothingLeft, OsftError, Stopped
+from osft_mcore.log import redact
 from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.parallel.world import (
     check_launch_environment,
@@ -77,7 +78,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     check_launch_environment()
     world_size = launched_world_size()
     harness = _harness(arguments)
-    checks = partial(
+    sound = partial(
         check,
         world_size=world_size,
         phase=phase,
@@ -86,6 +87,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
         known=partial(known_shape, config_dir=arguments.config_dir),
         host=None if arguments.dry_run else _host(),
     )
+    checks = partial(_check, arguments=arguments, sound=sound)
     try:
         config = _load(arguments.overrides, arguments)
     except ConfigError as error:
@@ -113,6 +115,22 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
         return launch(given, num_processes=topology.world_size)
     _run_rank(config, topology, partial(_run_phase, config, phase))
     return 0
+
+
+def _check(
+    config: "RunConfig", *, arguments: argparse.Namespace, sound: Callable[["RunConfig"], None]
+) -> None:
+    """Raise ConfigError for options that hold a secret, and for whatever `sound` raises it for."""
+    from osft_mcore.config.load import as_options
+
+    options = as_options(config) | {"--lm-eval-args": getattr(arguments, "lm_eval_args", "")}
+    problems = redact.options_with_secrets(options, redact.environment_secrets(os.environ))
+    try:
+        sound(config)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def _follow(given: Sequence[str], run: Path) -> int:
@@ -224,7 +242,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(given)
     takes_options = "overrides" in arguments
     if unknown := [text for text in rest if text.startswith("-") or not takes_options]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(redact.redacted_arguments(unknown))}")
     if takes_options:
         arguments.overrides += rest
     return arguments
@@ -308,7 +326,9 @@ def _run_rank(
     except OsftError as error:
         _leave(_report(error))
     except BaseException:
-        sys.stderr.write(f"[rank {os.environ.get('RANK')}] {traceback.format_exc()}")
+        secrets = redact.environment_secrets(os.environ)
+        text = redact.without_secrets(traceback.format_exc(), secrets)
+        sys.stderr.write(f"[rank {os.environ.get('RANK')}] {text}")
         _leave(1)
 
 
@@ -342,11 +362,13 @@ def _silence_libraries() -> None:
 def _report(*errors: OsftError) -> int:
     """Print errors and return the exit code: whole from one rank of each host, the first line of
     each from the others, in case it is theirs alone."""
+    secrets = redact.environment_secrets(os.environ)
     for error in errors:
         if isinstance(error, Stopped | NothingLeft) and local_rank() > 0:
             # Every rank knows it, and none failed.
             continue
-        lines = error.problems if isinstance(error, ConfigError) else str(error).splitlines()
+        found = error.problems if isinstance(error, ConfigError) else str(error).splitlines()
+        lines = [redact.without_secrets(line, secrets) for line in found]
         if local_rank() == 0:
             text = "".join(f"  - {line}\n" for line in lines)
             sys.stderr.write(f"osft: {type(error).__name__}\n{text}")

@@ -1,5 +1,6 @@
 """Rewrite tests/golden/config_*: run after a reviewed change of the schema or of a preset."""
 
+import argparse
 from pathlib import Path
 
 from osft_mcore.config.load import default_config_dir, leaf_paths, load_config, to_yaml
@@ -9,6 +10,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
 def main() -> None:
     """One YAML file per preset in conf/experiment, and the list of all options."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for stale in GOLDEN.glob("config_*"):
         stale.unlink()
     (GOLDEN / "config_keys.txt").write_text("\n".join(leaf_paths()) + "\n", encoding="utf-8")

@@ -91,7 +91,11 @@ def megatron_logits(source: WeightSource, shape: ModelShape, tokens_BS: Tensor) 
 def transformers_logits(folder: Path, tokens_BS: Tensor) -> Tensor:
     """What transformers computes, [B, S, vocab] in fp32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True
+        folder,
+        attn_implementation="eager",
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     logits_BSV: Tensor = model(tokens_BS).logits
     return logits_BSV

@@ -38,6 +38,9 @@ class ModelConfig:
     vocab_multiple: int = 64
     """The actor's vocabulary is padded to a multiple of this and of parallel.tp. 64 is what vLLM
     does, so that the two can share the embedding."""
+    trust_remote_code: bool = False
+    """Let Python files in the model's folder run, as some tokenizers need. No model that can be
+    trained here does."""
 
 
 @with_config(extra="forbid")

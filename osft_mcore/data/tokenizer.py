@@ -75,15 +75,20 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def load_tokenizer(
-    model_path: str | Path, chat_template: str | None, *, renders: bool = True
+    model_path: str | Path,
+    chat_template: str | None,
+    *,
+    renders: bool = True,
+    trust_remote_code: bool = False,
 ) -> ChatTokenizer:
     """Load the tokenizer of a local model folder; `chat_template` is a Jinja file, or None.
 
-    `renders` False: no prompt will be rendered, so that no template is needed.
+    `renders` False: no prompt will be rendered, so that no template is needed. `trust_remote_code`:
+    Python files in the folder may run.
     Raises ConfigError (options model.path, data.chat_template).
     """
     folder = Path(model_path)
-    hf_tokenizer = _load_hf_tokenizer(folder)
+    hf_tokenizer = _load_hf_tokenizer(folder, trust_remote_code=trust_remote_code)
     eos_ids = _eos_ids(folder, hf_tokenizer.eos_token_id)
     own_eos = hf_tokenizer.eos_token_id
     if chat_template is not None:
@@ -97,7 +102,7 @@ def load_tokenizer(
     )
 
 
-def _load_hf_tokenizer(folder: Path) -> Any:
+def _load_hf_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     if not folder.is_dir():
         raise ConfigError(
             f"model.path: {str(folder)!r} is not a folder; expected a local Hugging Face model "
@@ -111,7 +116,7 @@ def _load_hf_tokenizer(folder: Path) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(

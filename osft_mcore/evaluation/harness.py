@@ -108,10 +108,21 @@ def _problem(name: str, value: str) -> str:
 
 
 def options_file(
-    harness: Harness, tasks: Sequence[str], *, model: str, dtype: str, tp: int, output: str
+    harness: Harness,
+    tasks: Sequence[str],
+    *,
+    model: str,
+    dtype: str,
+    tp: int,
+    output: str,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """What the harness reads with --config; as a file, because a path may hold any character."""
-    model_args: dict[str, Any] = {"pretrained": model, "dtype": DTYPES[dtype]}
+    model_args: dict[str, Any] = {
+        "pretrained": model,
+        "dtype": DTYPES[dtype],
+        "trust_remote_code": trust_remote_code,
+    }
     if harness.backend == "vllm":
         model_args["tensor_parallel_size"] = tp
     return {

@@ -49,6 +49,22 @@ _LOOKS: Final = (
     ),
 )
 
+_SURE: Final = re.compile(
+    # A password in a URL, or what services hand out: nothing else looks so.
+    r"(?<=://)[^/\s@]+(?=@)|-----BEGIN [A-Z ]*PRIVATE KEY-----.*|(?<![A-Za-z0-9])"
+    r"(?:sk[-_](?=[\w-]*\d)[\w-]{20,}|hf_[A-Za-z0-9]{30,}|gh[a-z]_[A-Za-z0-9]{30,}"
+    r"|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[a-z]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}"
+    r"|AIza[\w-]{30,}|wandb_v\d_\w{16,}|eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?)",
+    re.DOTALL,
+)
+_NO_SECRET: Final = (
+    "{}: found what looks like a password or a token, or the value of a variable named like one; "
+    "expected none, because options are written to files: leave it in the environment "
+    "(WANDB_API_KEY, HF_TOKEN)"
+)
+_SHORTEST: Final = 8
+"""A shorter value of a variable is a word, a number or a switch."""
+
 
 def redacted(value: Any, name: str = "") -> Any:
     """Plain values of any depth without what looks like a secret; `name` is that of `value`."""
@@ -73,6 +89,39 @@ def redacted_text(text: str) -> str:
 def redacted_arguments(arguments: Sequence[str]) -> list[str]:
     """A command line; what follows an argument such as --token is hidden, too."""
     return list(_without_secrets(arguments))
+
+
+def environment_secrets(variables: Mapping[str, str]) -> tuple[str, ...]:
+    """Values of the variables that are named like secrets; not places, as SSH_AUTH_SOCK has one."""
+    return tuple(
+        value
+        for name, value in variables.items()
+        if is_secret(name)
+        and len(value) >= _SHORTEST
+        and not value.startswith(("/", "~", "."))
+        and not re.search(r"\s", value)
+    )
+
+
+def without_secrets(text: str, secrets: Sequence[str] = ()) -> str:
+    """A text without `secrets`, and without what can be nothing else: all other text stays."""
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    return _SURE.sub(HIDDEN, text)
+
+
+def options_with_secrets(options: Any, secrets: Sequence[str], name: str = "") -> list[str]:
+    """Problems, in words: options are written into the run's files, and go to trackers."""
+    if isinstance(options, Mapping):
+        items = [(f"{name}.{key}".lstrip("."), value) for key, value in options.items()]
+    elif isinstance(options, list | tuple):
+        items = [(name, value) for value in options]
+    else:
+        held = isinstance(options, str) and without_secrets(options, secrets) != options
+        return [_NO_SECRET.format(name)] if held else []
+    return [
+        problem for key, value in items for problem in options_with_secrets(value, secrets, key)
+    ]
 
 
 def is_secret(name: str) -> bool:

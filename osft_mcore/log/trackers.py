@@ -73,6 +73,13 @@ def _wandb(
         login_timeout=patience_s or None,
         finish_timeout=patience_s,
         finish_timeout_raises=True,
+        # It gets options and figures, and nothing else that it would take by itself: not the
+        # console, the command line, the source, or the address of the repository.
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
     )
     opened = wandb.init(
         project=project, name=run, dir=folder, config=dict(options), settings=settings

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.cpu import megatron_device
+from osft_mcore.parallel.loopback import ON_LOOPBACK
 from osft_mcore.parallel.topology import Coordinates, Topology
 from osft_mcore.parallel.watchdog import Watchdog
 from osft_mcore.parallel.world import launched_world_size, local_rank, local_world_size
@@ -97,6 +98,9 @@ def parallel_context(
 @contextlib.contextmanager
 def alone() -> Iterator[ParallelContext]:
     """A world of this process and no other, on the CPU: to compute with a model, not to train."""
+    for name, value in ON_LOOPBACK.items():
+        # Even alone gloo opens a socket.
+        os.environ.setdefault(name, value)
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield join_groups(Topology(tp=1, pp=1, dp=1), device=torch.device("cpu"))

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Final
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
 from osft_mcore.errors import NothingLeft, Stopped
+from osft_mcore.parallel.loopback import LOOPBACK, ON_LOOPBACK, loopback_store
 from osft_mcore.parallel.world import OWN_RUN_ID, PARENT
 
 GRACEFUL: Final = (signal.SIGTERM, signal.SIGUSR1)
@@ -70,7 +69,7 @@ def launch(
     Keeps the signal handlers that it installs.
     """
     # Here and not on rank 0, which would take the store along when it ends first.
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store = loopback_store()
     received = _Received()
     received.listen()
     ranks: list[subprocess.Popen[bytes]] = []
@@ -96,12 +95,13 @@ def _start(
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         # Python frees the shared memory of ranks that were ended, and would complain about it.
         "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
+        **ON_LOOPBACK,
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
-        "MASTER_ADDR": "localhost",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         # What tells torch.distributed that the store is the launcher's.
         "TORCHELASTIC_USE_AGENT_STORE": "True",

@@ -53,6 +53,7 @@ class VllmEngine:
         stop_token_ids: Sequence[int],
         context: ParallelContext,
         live_weights: bool,
+        trust_remote_code: bool,
     ) -> None:
         prepare_environment()
         self.shape = read_model_shape(model_path)
@@ -75,6 +76,7 @@ class VllmEngine:
                 # Real weights arrive through the bridge; nothing is read from disk twice.
                 load_format="dummy",
                 skip_tokenizer_init=True,
+                trust_remote_code=trust_remote_code,
                 dtype=dtype,
                 tensor_parallel_size=rollout.tp,
                 data_parallel_size=context.topology.num_replicas,

@@ -9,7 +9,6 @@ from typing import Any
 
 from osft_mcore.config.evaluation import temperatures
 from osft_mcore.config.schema import RunConfig
-from osft_mcore.data.tokenizer import load_tokenizer
 from osft_mcore.errors import Stopped
 from osft_mcore.evaluation.aggregate import best_temperature
 from osft_mcore.evaluation.harness import summary as harness_summary
@@ -19,7 +18,7 @@ from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.parallel.stop import StopSignals, agreed_stop, deadline
 from osft_mcore.train.harness import harness_results
 from osft_mcore.train.identity import start_fingerprint
-from osft_mcore.train.inputs import load_held_out
+from osft_mcore.train.inputs import load_chat_tokenizer, load_held_out
 from osft_mcore.train.resume import SUMMARY, read_json
 from osft_mcore.train.sampler import BuildEngine, Sampler, fill_engine, open_sampler, say_start
 from osft_mcore.train.score_files import result_file
@@ -35,7 +34,7 @@ def run_evaluate(
 
     Goes on where an earlier start was interrupted. Raises Stopped when it was told to stop.
     """
-    tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+    tokenizer = load_chat_tokenizer(config)
     held_out = load_held_out(config, tokenizer)
     models = scored_models(config)
     say_start(console, config, context)

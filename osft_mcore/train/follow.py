@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Final
 
 from osft_mcore.config.schema import RunConfig
-from osft_mcore.data.tokenizer import load_tokenizer
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.parallel.watchdog import IDLE
-from osft_mcore.train.inputs import load_held_out
+from osft_mcore.train.inputs import load_chat_tokenizer, load_held_out
 from osft_mcore.train.sampler import BuildEngine, fill_engine
 from osft_mcore.train.scored import Scored
 from osft_mcore.train.scoring import open_scoring
@@ -37,7 +36,7 @@ def run_follow(
     Writes the evaluations/ of the run's folder; the run itself tells of them.
     """
     queue, clock = snapshots_folder(config), Clock()
-    tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+    tokenizer = load_chat_tokenizer(config)
     held_out = load_held_out(config, tokenizer)
     folder = RunFolder(config.output_dir, writer=context.rank == 0)
     with ExitStack() as stack:

@@ -8,7 +8,6 @@ from typing import Any
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.parquet import data_sha256
 from osft_mcore.data.solutions import Solution, read_solutions, solution_lines
-from osft_mcore.data.tokenizer import load_tokenizer
 from osft_mcore.errors import Stopped
 from osft_mcore.log.console import Console
 from osft_mcore.log.run_folder import BATCHES
@@ -23,7 +22,7 @@ from osft_mcore.train.earlier import (
     sweep_batches,
 )
 from osft_mcore.train.identity import start_fingerprint
-from osft_mcore.train.inputs import load_train_prompts
+from osft_mcore.train.inputs import load_chat_tokenizer, load_train_prompts
 from osft_mcore.train.resume import SUMMARY
 from osft_mcore.train.sampler import BuildEngine, Sampler, open_sampler, say_start
 from osft_mcore.train.step_metrics import response_metrics, shown
@@ -37,7 +36,7 @@ def run_generate(
 
     Goes on after the last whole batch. Raises Stopped when it was told to stop.
     """
-    tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+    tokenizer = load_chat_tokenizer(config)
     data = load_train_prompts(config, tokenizer)
     batches = batches_of(config, data.prompts)
     say_start(console, config, context)

@@ -213,7 +213,7 @@ def _run_step(
     place.mkdir(parents=True)
     options = options_file(
         harness, work.tasks, model=str(model), dtype=config.model.dtype, tp=config.rollout.tp,
-        output=str(place / "results.json"),
+        output=str(place / "results.json"), trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
     (place / "config.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
     console.say(f"lm-eval: step {step}, {', '.join(work.tasks)}; log: {place / LOG}")

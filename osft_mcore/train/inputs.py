@@ -45,10 +45,20 @@ def load_train_prompts(config: RunConfig, tokenizer: ChatTokenizer) -> Problems:
     return _load(config, tokenizer, config.data.train, option="data.train", limit=None)
 
 
+def load_chat_tokenizer(config: RunConfig, *, renders: bool = True) -> ChatTokenizer:
+    """The tokenizer of model.path, as the options want it."""
+    return load_tokenizer(
+        config.model.path,
+        config.data.chat_template,
+        renders=renders,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
 def load_sft_tokenizer(config: RunConfig) -> ChatTokenizer:
     """The tokenizer of given answers: prompts that are token ids need no chat template."""
     ids = file_holds_token_ids(config.data.train, config.data.prompt_key)
-    return load_tokenizer(config.model.path, config.data.chat_template, renders=not ids)
+    return load_chat_tokenizer(config, renders=not ids)
 
 
 def load_sft_examples(config: RunConfig, tokenizer: ChatTokenizer) -> SftData:

@@ -9,12 +9,17 @@ from osft_mcore.config.load import as_options
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.problems import Problems
-from osft_mcore.data.tokenizer import load_tokenizer
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.parallel.groups import ParallelContext
 from osft_mcore.rollout.engine import RolloutEngine
-from osft_mcore.train.inputs import HeldOut, load_held_out, load_train_prompts, total_steps
+from osft_mcore.train.inputs import (
+    HeldOut,
+    load_chat_tokenizer,
+    load_held_out,
+    load_train_prompts,
+    total_steps,
+)
 from osft_mcore.train.live_report import live_report
 from osft_mcore.train.loop import OsftLoop
 from osft_mcore.train.resume import SUMMARY
@@ -77,7 +82,7 @@ def open_loop(
 
     Collective over the world.
     """
-    tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+    tokenizer = load_chat_tokenizer(config)
     train = load_train_prompts(config, tokenizer)
     held_out = load_held_out(config, tokenizer)
     num_steps = total_steps(config, len(train.prompts))

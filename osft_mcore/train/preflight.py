@@ -11,7 +11,7 @@ from osft_mcore.config.check_batches import packs_fp32
 from osft_mcore.config.model_shape import read_model_shape
 from osft_mcore.config.phases import reads_training_data, scores, trains
 from osft_mcore.config.schema import Phase, RunConfig
-from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
+from osft_mcore.data.tokenizer import ChatTokenizer
 from osft_mcore.errors import ConfigError, OsftError, WeightError
 from osft_mcore.log.lock import lock_refusal
 from osft_mcore.log.run_folder import RunFolder
@@ -20,6 +20,7 @@ from osft_mcore.parallel.world import device_type, job_id
 from osft_mcore.train.earlier import batches_of, check_earlier, check_pass_left
 from osft_mcore.train.identity import REFERENCE
 from osft_mcore.train.inputs import (
+    load_chat_tokenizer,
     load_held_out,
     load_sft_examples,
     load_sft_tokenizer,
@@ -66,10 +67,8 @@ def input_errors(config: RunConfig, phase: Phase) -> tuple[OsftError, ...]:
         )
     errors = [*_errors_of(steps), *unread]
     try:
-        if phase == "sft":
-            tokenizer = load_sft_tokenizer(config)
-        else:
-            tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+        load = load_sft_tokenizer if phase == "sft" else load_chat_tokenizer
+        tokenizer = load(config)
     except OsftError as error:
         return (*errors, error)
     return (*errors, *_data_errors(config, phase, tokenizer, point))

@@ -283,6 +283,8 @@ def say_model(console: Console, config: RunConfig, shape: ModelShape) -> None:
         f"model: {shape.model_type}, {shape.num_parameters / 1e6:.2f}M parameters, "
         f"{config.model.dtype}, from {config.model.path} ({config.model.init})"
     )
+    if config.model.trust_remote_code:
+        console.say("model.trust_remote_code: Python files in the model's folder may run here")
 
 
 def say_start(console: Console, config: RunConfig, shape: ModelShape, *, num_steps: int) -> None:

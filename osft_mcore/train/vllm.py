@@ -20,4 +20,5 @@ def build_engine(
         stop_token_ids=sorted(tokenizer.eos_token_ids),
         context=context,
         live_weights=config.sync.mode != "reload",
+        trust_remote_code=config.model.trust_remote_code,
     )

@@ -174,7 +174,7 @@ LEAVING = """
 def state(pid):
     try:
         return open(f"/proc/{{pid}}/stat").read().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return "X"
 
 if rank:
@@ -224,3 +224,22 @@ def test_a_failed_rank_does_not_make_the_others_save(tmp_path: Path) -> None:
         run = launched(tmp_path, LISTENING, f"rank or open({ready!r}, 'w')\n", waits, FOR_EVER)
         assert run.code() == 3
     assert (run.lines(), run.err.read_text()) == ([], "")
+
+
+NETWORK = 'say(" ".join(os.environ[f"{name}_SOCKET_IFNAME"] for name in ("GLOO", "NCCL")))'
+
+
+def test_ranks_stay_on_this_machine_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, (given, expected) in {"a": ({}, "lo lo"), "b": ({"GLOO": "eth7"}, "eth7 lo")}.items():
+        for library in ("GLOO", "NCCL"):
+            monkeypatch.delenv(f"{library}_SOCKET_IFNAME", raising=False)
+        for library, interface in given.items():
+            monkeypatch.setenv(f"{library}_SOCKET_IFNAME", interface)
+        folder = tmp_path / name
+        folder.mkdir()
+        with no_process_left():
+            run = launched(folder, NETWORK)
+            assert run.code() == 0
+        assert sorted(run.lines()) == [f"rank 0 {expected}", f"rank 1 {expected}"]

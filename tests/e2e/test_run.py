@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from check_listeners import is_loopback, listeners
 from engines_vllm import bare_loop, join, random_prompts, run_config, start_engine
 from models import save_random_model
 from program import children, forked, no_process_left, outcome, read_until, started
@@ -67,6 +70,17 @@ OFFLINE = [
     *SHARED, "output_dir=offline", "model.path=sft/hf", "data.train=solutions.parquet",
     "train.steps=1", "train.micro_batch_size=1", "train.lr=3e-4",
 ]  # fmt: skip
+TRACKED = ["logging.wandb=true"]
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef" * 2 + "feedbeef",
+    "HF_TOKEN": "hf_" + "aB3" * 11,
+    "SOME_SERVICE_TOKEN": "planted.token",
+    "SOME_SECRET": "planted-secret",
+    "DATABASE_PASSWORD": "planted.password",
+}
+"""What nothing that a run writes or says may hold."""
+OFFLINE_WANDB = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+Listener = tuple[str, int, str]
 Json = dict[str, Any]
 
 
@@ -78,6 +92,8 @@ class Runs:
     """Where both were started; holds data/, sft/, osft/."""
     said: str
     """By `osft train`."""
+    listened: frozenset[Listener]
+    """Where `osft train` and what it started listened: address, port, program."""
 
     @property
     def osft(self) -> Path:
@@ -105,11 +121,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("runs")
     write_arithmetic(root / "data", TASK, MODEL)
     write_seen_problems(root / "data")
-    for arguments in (["sft", *SFT], ["train", *OSFT]):
+    for arguments in (["sft", *SFT], ["train", *OSFT, *TRACKED]):
         with no_process_left():
-            result = outcome(started(arguments, root), timeout_s=240.0)
+            process = started(arguments, root, SECRETS | OFFLINE_WANDB)
+            found: set[Listener] = set()
+            # A thread: somebody must read what the process says.
+            watch = threading.Thread(target=watch_listeners, args=(process, found))
+            watch.start()
+            result = outcome(process, timeout_s=240.0)
+            watch.join()
         assert (result.code, result.err) == (0, ""), result
-    return Runs(root=root, said=result.out)
+    return Runs(root=root, said=result.out, listened=frozenset(found))
+
+
+def watch_listeners(process: "subprocess.Popen[str]", found: set[Listener]) -> None:
+    while process.returncode is None:
+        found |= listeners(process.pid)
+        time.sleep(0.3)
 
 
 def write_seen_problems(data: Path) -> None:
@@ -167,6 +195,58 @@ def test_both_runs_left_a_report(runs: Runs) -> None:
     for folder in ("sft", "osft"):
         page = (runs.root / folder / "report.html").read_text(encoding="utf-8")
         assert page.startswith("<!doctype html>"), folder
+
+
+def test_nothing_listens_beyond_this_machine(runs: Runs) -> None:
+    """The launcher's store, two ranks with gloo groups of Megatron and of vLLM, and wandb."""
+    assert len(runs.listened) > 10
+    assert [found for found in runs.listened if not is_loopback(found[0])] == []
+
+
+def held_by(folder: Path, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Which files hold which of the texts, and which names of files do."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [
+        (str(path.relative_to(folder)), text)
+        for path in paths
+        for text in texts
+        if text in path.name or text.encode() in path.read_bytes()
+    ]
+
+
+def test_no_secret_of_the_environment_is_written_or_said(runs: Runs) -> None:
+    written = {path.name for path in runs.osft.rglob("*")}
+    assert {"config.yaml", "manifest.json", "state.json", "README.md"} <= written
+    assert any(name.endswith(".wandb") for name in written)
+    page = ["report", "osft", "--samples", "2", "--out", "shown/report.html"]
+    (runs.root / "shown").mkdir()
+    assert forked(page, runs.root, SECRETS).code == 0
+    for folder in ("sft", "osft", "shown"):
+        assert list((runs.root / folder).iterdir())
+        assert held_by(runs.root / folder, list(SECRETS.values())) == []
+    assert not [value for value in SECRETS.values() if value in runs.said]
+
+
+def test_an_option_with_a_secret_is_refused_before_anything_is_written(runs: Runs) -> None:
+    given = [
+        *OSFT, "output_dir=refused", "data.train=https://me:planted.password@host/x",
+        "data.system_prompt=planted-secret", "logging.wandb_project=planted.token",
+    ]  # fmt: skip
+    result = forked(["train", *given], runs.root, SECRETS)
+    assert result.code == 2
+    for option in ("data.train", "data.system_prompt", "logging.wandb_project"):
+        assert f"{option}: found what looks like a password or a token" in result.err
+    assert not [value for value in SECRETS.values() if value in result.out + result.err]
+    assert not (runs.root / "refused").exists()
+
+
+def test_the_tracker_has_no_prompts_and_no_answers(runs: Runs) -> None:
+    rows = json_lines(runs.osft / "rollouts" / "step_1.jsonl")
+    answers = [*runs.answers(0, 1), *runs.answers(0, 0)]
+    texts = {row[name] for row in rows for name in ("prompt", "response")}
+    texts |= {answer["text"] for answer in answers} | {"boxed{"}
+    assert held_by(runs.osft / "rollouts", ["boxed{"]), "nothing to be found"
+    assert held_by(runs.osft / "wandb", sorted(text for text in texts if len(text) > 3)) == []
 
 
 def test_scores_are_those_of_the_kept_answers(runs: Runs) -> None:
@@ -397,10 +477,10 @@ def test_rollouts_keep_what_was_trained_on(runs: Runs) -> None:
 
 def test_config_and_manifest_tell_how_to_run_it_again(runs: Runs) -> None:
     assert load_config([], runs.root / "sft") == load_config(SFT)
-    assert load_config([], runs.osft) == load_config(OSFT)
+    assert load_config([], runs.osft) == load_config([*OSFT, *TRACKED])
     manifest = json.loads((runs.osft / "manifest.json").read_text())
     assert (manifest["seed"], manifest["world_size"]) == (1, 2)
-    assert manifest["command"][1:] == ["train", *OSFT]
+    assert manifest["command"][1:] == ["train", *OSFT, *TRACKED]
     assert manifest["packages"]["torch"] == torch.__version__
     assert manifest["packages"]["transformers"] == transformers.__version__
     assert {"osft-mcore", "megatron-core", "math-verify"} <= set(manifest["packages"])

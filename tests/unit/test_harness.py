@@ -100,10 +100,17 @@ def test_numbers_are_checked_at_the_start(name: str, right: list[str], wrong: li
 def test_a_path_may_hold_any_character() -> None:
     asked = Harness(tasks=("a",), backend="vllm")
     options = options_file(
-        asked, ("a",), model="x,trust_remote_code=True", dtype="bf16", tp=2, output="o"
+        asked,
+        ("a",),
+        model="x,trust_remote_code=True",
+        dtype="bf16",
+        tp=2,
+        output="o",
+        trust_remote_code=False,
     )
     assert options["model_args"] == {
         "pretrained": "x,trust_remote_code=True", "dtype": "bfloat16", "tensor_parallel_size": 2,
+        "trust_remote_code": False,
     }  # fmt: skip
 
 

@@ -67,26 +67,6 @@ def config_lookups(tree: ast.Module) -> list[str]:
     return found
 
 
-def unsafe_loading(tree: ast.Module) -> list[str]:
-    """Ways to run code that came with a file."""
-    found = []
-    for node in ast.walk(tree):
-        match node:
-            case ast.Import(names=names) | ast.ImportFrom(names=names):
-                module = getattr(node, "module", None)
-                modules = [alias.name for alias in names] if module is None else [module]
-                found += [m for m in modules if m.split(".")[0] in ("pickle", "dill", "joblib")]
-            case ast.keyword(arg="trust_remote_code", value=value):
-                if not (isinstance(value, ast.Constant) and value.value is False):
-                    found.append("trust_remote_code")
-            case ast.keyword(arg="weights_only", value=value):
-                if not (isinstance(value, ast.Constant) and value.value is True):
-                    found.append("weights_only")
-            case ast.keyword(arg="allow_pickle"):
-                found.append("allow_pickle")
-    return found
-
-
 def prints(tree: ast.Module) -> list[str]:
     return [
         ast.unparse(call)
@@ -145,10 +125,6 @@ def test_the_package_does_not_print() -> None:
     assert not found_in(PACKAGE, prints)
 
 
-def test_nothing_loads_code_from_data() -> None:
-    assert not found_in(FILES, unsafe_loading)
-
-
 def test_the_environment_is_read_in_few_places() -> None:
     """Only where a launcher or a library speaks through variables."""
     speakers = ("cli.py", "parallel/", "rollout/vllm_", "evaluation/worker_process.py")
@@ -157,7 +133,8 @@ def test_the_environment_is_read_in_few_places() -> None:
         for path in PACKAGE
         if not path.relative_to(ROOT / "osft_mcore").as_posix().startswith(speakers)
     ]
-    assert not [name_of(p) for p in silent if "environ" in p.read_text(encoding="utf-8")]
+    reads = re.compile(r"\benviron\b|\bgetenv\b")
+    assert not [name_of(p) for p in silent if reads.search(p.read_text(encoding="utf-8"))]
 
 
 def test_no_file_names_a_place_on_someones_machine() -> None:
@@ -179,10 +156,6 @@ def test_no_file_names_a_place_on_someones_machine() -> None:
         (config_lookups, "self.config.rollout.get('tp', 1)", "table.get('tp', 1)"),
         (config_lookups, "getattr(cfg, 'tp')", "getattr(table, 'tp')"),
         (prints, "print('x')", "console.say('x')"),
-        (unsafe_loading, "from pickle import load", "from safetensors import safe_open"),
-        (unsafe_loading, "import torch, pickle", "import pick"),
-        (unsafe_loading, "load(f, weights_only=False)", "load(f, weights_only=True)"),
-        (unsafe_loading, "load(f, trust_remote_code=flag)", "load(f, trust_remote_code=False)"),
     ],
 )
 def test_the_checks_can_fail(find: Callable[[ast.Module], list[str]], bad: str, good: str) -> None:

@@ -108,7 +108,7 @@ def _ranks_in(launcher: subprocess.Popen[bytes], phase: str, rank: int) -> dict[
             ranks = _ranks_of(launcher.pid)
             time.sleep(0.1)
             continue
-        store = store or TCPStore("localhost", _port(ranks[0]), None, False)
+        store = store or TCPStore("127.0.0.1", _port(ranks[0]), None, False)
         name = f"watchdog/place/{rank}"
         place = json.loads(store.get(name)) if store.check([name]) else {}
         if place.get("phase") == phase:

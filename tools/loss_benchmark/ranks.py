@@ -10,9 +10,9 @@ from typing import Any, Final
 import torch
 from sync_benchmark.place import free_port, take_place
 from torch import multiprocessing
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from osft_mcore.parallel.groups import ParallelContext, parallel_context
+from osft_mcore.parallel.loopback import loopback_store
 from osft_mcore.parallel.topology import Topology
 
 TIMEOUT_MINUTES: Final = 15.0
@@ -36,7 +36,7 @@ def on_ranks(tp: int, measurement: Measurement) -> Any:
         )
         # Here and not on rank 0, which would take the store along when it ends first. After the
         # fork: a rank would inherit locks that the store's threads hold at that moment.
-        store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+        store = loopback_store(port)
         deadline = time.monotonic() + 60 * TIMEOUT_MINUTES
         while not ranks.join(timeout=1.0):
             if time.monotonic() > deadline:

@@ -5,6 +5,7 @@ import socket
 
 import torch
 
+from osft_mcore.parallel.loopback import LOOPBACK, ON_LOOPBACK
 from osft_mcore.parallel.world import end_with_parent
 from sync_benchmark.quiet import silence_libraries
 
@@ -12,7 +13,7 @@ from sync_benchmark.quiet import silence_libraries
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as listener:
-        listener.bind(("localhost", 0))
+        listener.bind((LOOPBACK, 0))
         return int(listener.getsockname()[1])
 
 
@@ -20,11 +21,12 @@ def take_place(rank: int, world_size: int, port: int) -> None:
     """Make this new process the `rank`-th of `world_size`, whose store is at `port`."""
     end_with_parent()
     os.environ.update(
+        ON_LOOPBACK,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="localhost",
+        MASTER_ADDR=LOOPBACK,
         MASTER_PORT=str(port),
         # What tells torch.distributed that the store is the launcher's.
         TORCHELASTIC_USE_AGENT_STORE="True",

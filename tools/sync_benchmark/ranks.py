@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import multiprocessing
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from osft_mcore.parallel.groups import parallel_context
+from osft_mcore.parallel.loopback import loopback_store
 from sync_benchmark.cases import Case, write_model
 from sync_benchmark.measure import measure
 from sync_benchmark.place import free_port, take_place
@@ -37,7 +37,7 @@ def run_case(case: Case) -> Row:
         )
         # Here and not on rank 0, which would take the store along when it ends first. After the
         # fork: a rank would inherit locks that the store's threads hold at that moment.
-        store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+        store = loopback_store(port)
         while not ranks.join():
             pass
         del store

@@ -162,10 +162,10 @@ _NAMES: Final = MappingProxyType(
 
 
 def _all_shards(context: ParallelContext, mine: Mapping[str, Tensor]) -> Iterator[Shard]:
-    """Every parameter of every stage, told from this rank's own. Collective over pp_group."""
+    """Every parameter of every stage, told from this rank's own. Collective over the world."""
     own = [(name, tuple(tensor.shape)) for name, tensor in mine.items()]
-    stages: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(context.topology.pp)]
-    dist.all_gather_object(stages, own, group=context.pp_group)
+    everyone = all_gather_json(own, context)
+    stages = [everyone[rank] for rank in dist.get_process_group_ranks(context.pp_group)]
     layers_before = 0
     for pp_rank, parameters in enumerate(stages):
         layers_here = 0
@@ -175,5 +175,6 @@ def _all_shards(context: ParallelContext, mine: Mapping[str, Tensor]) -> Iterato
                 number, suffix = name.removeprefix("decoder.layers.").split(".", 1)
                 layer = layers_before + int(number)
                 layers_here = int(number) + 1
-            yield Shard(pp_rank=pp_rank, name=name, shape=size, layer=layer, suffix=suffix)
+            shape = tuple(size)
+            yield Shard(pp_rank=pp_rank, name=name, shape=shape, layer=layer, suffix=suffix)
         layers_before += layers_here
