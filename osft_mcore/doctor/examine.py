@@ -24,6 +24,7 @@ from osft_mcore.doctor.facts import (
     lines_of,
     note,
     problem,
+    without_secrets,
 )
 from osft_mcore.doctor.gather import machine
 from osft_mcore.errors import ConfigError, OsftError
@@ -48,7 +49,7 @@ class Asked:
     config: RunConfig | None
     """None: no options, or none that could be read."""
     shape: ModelShape | None
-    """None: not known."""
+    """None: not known, or the options cannot work."""
     errors: tuple[OsftError, ...]
     """What is wrong with the options, and with the files that they name."""
 
@@ -79,7 +80,8 @@ def asked_run(
         errors = input_errors(config, phase)
     except OsftError as error:
         errors = (error,)
-    return Asked(phase=phase, config=config, shape=shape, errors=errors)
+    shown = tuple(without_secrets(error) for error in errors)
+    return Asked(phase=phase, config=config, shape=shape, errors=shown)
 
 
 def torch_devices() -> TorchDevices:
@@ -154,7 +156,7 @@ def _of_run(
     )
     yield from run.rank_findings(config, asked.phase, start)
     if asked.shape is None:
-        yield note("the model's shape is not known, so neither are its bytes")
+        yield note("what it writes and holds is known when the options and the model are right")
         return
     shm = 0 if found.shm is None else found.shm.free
     try:

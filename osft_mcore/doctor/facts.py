@@ -181,6 +181,13 @@ def ranges(numbers: Iterable[int]) -> str:
     return ",".join("-".join(map(str, part)) for part in parts)
 
 
+def without_secrets(error: OsftError) -> OsftError:
+    """The same error, fit to be shown to whoever is asked for help."""
+    if isinstance(error, ConfigError):
+        return ConfigError(lines_of(error))
+    return type(error)("\n".join(lines_of(error)))
+
+
 def lines_of(error: OsftError) -> tuple[str, ...]:
     """Each problem of an error, without secrets."""
     lines = error.problems if isinstance(error, ConfigError) else str(error).splitlines()

@@ -132,7 +132,7 @@ def _ping(words: Sequence[Word], ping: Ping) -> Iterator[Finding]:
 
 def _absent(words: Sequence[Word], pings: Sequence[Ping]) -> Iterator[Finding]:
     if words and not pings:
-        yield note("not tried: the network problems come first")
+        yield note("not tried: problems above come first")
 
 
 def _names(words: Sequence[Word]) -> list[str]:

@@ -40,9 +40,9 @@ def rank_findings(config: RunConfig, phase: Phase, start: Start) -> Iterator[Fin
     """Whether this host has a place for every rank. Pure."""
     topology = run_topology(config, phase)
     num = topology.world_size
-    axes = " * ".join(f"{axis}={size}" for axis, size in topology.actor_sizes().items())
-    engines = f"; {topology.num_replicas} engines of {topology.rollout_tp}"
-    yield fact(f"{num} ranks: {axes.replace(' * vpp=1', '')}{engines if samples(phase) else ''}")
+    axes = " ".join(f"{axis}={size}" for axis, size in topology.actor_sizes().items())
+    engines = f"; rollout tp={topology.rollout_tp}" if samples(phase) else ""
+    yield fact(f"{num} ranks: actor {axes}{engines}")
     here = num if start.launched is None else start.launched
     if start.num_gpus and here > start.num_gpus:
         hosts = math.ceil(num / start.num_gpus)

@@ -34,6 +34,8 @@ SHOWN_VARIABLES: Final = (
     "VLLM_", "WANDB_",
 )  # fmt: skip
 """Variables whose names begin so."""
+UNTOLD: Final = "TORCHELASTIC_"
+"""What torchrun tells its ranks, and people do not set."""
 OF_RANKS: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
@@ -256,7 +258,7 @@ def variable_section(variables: Mapping[str, str], *, num_cores: int, num_ranks:
     shown = {
         name: value
         for name, value in sorted(variables.items())
-        if name.startswith(SHOWN_VARIABLES) or name in OF_RANKS
+        if (name.startswith(SHOWN_VARIABLES) and not name.startswith(UNTOLD)) or name in OF_RANKS
     }
     findings = [fact(f"{name}={value}") for name, value in redacted(shown).items()]
     threads = variables.get("OMP_NUM_THREADS", "")

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -110,9 +110,9 @@ def python_finding() -> Finding:
     return fact(f"{'python':<18}  {version}")
 
 
-def imported_here() -> Iterator[Finding]:
-    """Problems of torch and Megatron-Core, which this process needs itself."""
-    for name in ("torch", "megatron.core", "transformers"):
+def imported_here(names: Sequence[str]) -> Iterator[Finding]:
+    """The problem of the first of `names` that this process needs itself and cannot import."""
+    for name in names:
         try:
             importlib.import_module(name)
         except Exception as error:  # What a broken build raises is not known beforehand.
