@@ -279,6 +279,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     _silence_libraries()
     if started_by_own_launcher():
         end_with_parent()
+    check_launch_environment()
     ended = doctor_command.run_doctor(doctor_command.asked(arguments, dict(os.environ), _host))
     if ended.errors:
         _report(*ended.errors)

@@ -13,7 +13,6 @@ from osft_mcore.doctor import versions
 from osft_mcore.doctor.facts import Section, errors_of, fact, lines_of, note, problem, section_lines
 from osft_mcore.errors import ConfigError, OsftError
 from osft_mcore.parallel.world import (
-    check_launch_environment,
     launched_rank,
     launched_world_size,
     local_rank,
@@ -98,8 +97,7 @@ def asked(
 
 
 def run_doctor(doctor: Doctor) -> Ended:
-    """Raises ConfigError if a launcher said only half. Under a launcher every rank must call."""
-    check_launch_environment()
+    """Under a launcher every rank must call."""
     if started_by_own_launcher():
         return _ping(doctor, Examined())
     if launched_world_size() is not None:

@@ -114,7 +114,9 @@ def host_sections(
     num_hosts = (launched_world_size() or num_ranks) // num_ranks
     yield kernel_section()
     yield verdict.device_section(found, devices, num_ranks=num_ranks)
-    yield verdict.network_section(found, variables, num_hosts=num_hosts)
+    yield verdict.network_section(
+        found, variables, num_hosts=num_hosts, uses_nccl=devices.num_gpus > 0
+    )
     yield verdict.port_section(found)
     yield verdict.space_section(found.spaces)
     yield verdict.variable_section(

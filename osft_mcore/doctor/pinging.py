@@ -114,9 +114,10 @@ def _ping(words: Sequence[Word], ping: Ping) -> Iterator[Finding]:
         }
         if trips:
             slowest = max(trips, key=lambda rank: trips[rank])
+            least = f"{1e3 * min(trips.values()):.3g} to " if len(trips) > 1 else ""
             yield fact(
-                f"{name}, rank 0 to {host} and back: {1e3 * min(trips.values()):.3g} to "
-                f"{1e3 * trips[slowest]:.3g} ms (the slowest: rank {slowest})"
+                f"{name}, rank 0 to {host} and back: {least}{1e3 * trips[slowest]:.3g} ms "
+                f"(rank {slowest})"
             )
     rate = ping.bus_bytes_per_s
     yield fact(

@@ -125,14 +125,16 @@ def _gpus(found: Machine, torch: TorchDevices) -> Iterator[Finding]:
         )
 
 
-def network_section(found: Machine, variables: Mapping[str, str], *, num_hosts: int) -> Section:
+def network_section(
+    found: Machine, variables: Mapping[str, str], *, num_hosts: int, uses_nccl: bool
+) -> Section:
     """Interfaces, and whether the variables name ones that are there."""
     return Section(
         title="network",
         findings=(
             *_interfaces(found),
             *_named_for_gloo(found, variables, num_hosts),
-            *_named_for_nccl(found, variables),
+            *(_named_for_nccl(found, variables) if uses_nccl else ()),
         ),
     )
 

@@ -106,7 +106,7 @@ def python_finding() -> Finding:
     """The interpreter."""
     version = platform.python_version()
     if sys.version_info[:2] != (3, 11):
-        return problem(f"python {version}: expected 3.11; make an environment with it")
+        return problem(f"python {version}: expected 3.11; install everything for that one")
     return fact(f"{'python':<18}  {version}")
 
 

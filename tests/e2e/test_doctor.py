@@ -10,6 +10,9 @@ from pathlib import Path
 from program import Outcome, as_rank, forked, no_process_left, outcome, started
 from toy_run import write_start
 
+# Forked children find it loaded.
+import osft_mcore.doctor.examine  # noqa: F401
+
 MODULE = (sys.executable, "-m", "osft_mcore.cli")
 CONFIG = 2
 PLANTED = "hf_" + "Planted0" * 5

@@ -79,8 +79,14 @@ def devices(num_ranks: int = 2, torch: TorchDevices = CPU_TORCH, **changes: Any)
     return verdict.device_section(replace(MACHINE, **changes), torch, num_ranks=num_ranks)
 
 
-def network(num_hosts: int = 1, variables: Mapping[str, str] = {}, **changes: Any) -> Section:
-    return verdict.network_section(replace(MACHINE, **changes), variables, num_hosts=num_hosts)
+def network(
+    num_hosts: int = 1,
+    variables: Mapping[str, str] = {},
+    uses_nccl: bool = True,
+    **changes: Any,
+) -> Section:
+    machine = replace(MACHINE, **changes)
+    return verdict.network_section(machine, variables, num_hosts=num_hosts, uses_nccl=uses_nccl)
 
 
 def test_a_machine_in_order_has_no_problem_and_no_note() -> None:
@@ -153,6 +159,10 @@ def test_an_interface_that_a_variable_names_is_there(variables: dict[str, str], 
     said = problems(network(variables=variables))
     assert found in said
     assert bool(said) == bool(found)
+
+
+def test_ranks_on_a_cpu_do_not_heed_what_is_for_nccl() -> None:
+    assert not problems(network(variables={"NCCL_SOCKET_IFNAME": "bond"}, uses_nccl=False))
 
 
 def test_other_hosts_do_not_reach_the_loopback_interface() -> None:
