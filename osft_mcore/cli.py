@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from osft_mcore import __version__
+from osft_mcore.doctor import command as doctor_command
 from osft_mcore.errors import ConfigError, NothingLeft, OsftError, Stopped
 from osft_mcore.log import redact
 from osft_mcore.parallel.topology import Topology, topology_of
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     if arguments.command == "doctor":
-        return _doctor()
+        return _doctor(arguments)
     from osft_mcore.config.check import check
     from osft_mcore.config.dimensions import known_shape
     from osft_mcore.config.phases import samples
@@ -275,8 +276,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="option=value")
     # Without a help text it is not listed: nobody has to call it.
     commands.add_parser(FOLLOW).add_argument("run", type=Path)
-    text = "what is installed here, and which kernel would compute what"
-    commands.add_parser("doctor", help=text, description=text)
+    text = doctor_command.HELP
+    doctor_command.add_arguments(commands.add_parser("doctor", help=text, description=text))
     text = report_command.HELP
     report_command.add_arguments(commands.add_parser("report", help=text, description=text))
     return parser
@@ -292,13 +293,17 @@ def _host() -> "Host | None":
     return Host(cores=usable_cores(), gpus=visible_gpus(), num_ranks=num_ranks)
 
 
-def _doctor() -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
     _silence_libraries()
-    from osft_mcore.log.console import Console
-    from osft_mcore.train.doctor import run_doctor
-
-    run_doctor(Console(enabled=True))
-    return 0
+    if started_by_own_launcher():
+        end_with_parent()
+    check_launch_environment()
+    ended = doctor_command.run_doctor(doctor_command.asked(arguments, dict(os.environ), _host))
+    if ended.errors:
+        _report(*ended.errors)
+    if launched_world_size() is not None:
+        _leave(ended.exit_code)
+    return ended.exit_code
 
 
 def _run_rank(

@@ -1,7 +1,6 @@
 """What the command line says without starting a run."""
 
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -121,20 +120,6 @@ def test_a_command_that_does_not_exist_is_a_usage_error(
     result = forked(arguments, tmp_path)
     assert (result.code, result.out) == (2, "")
     assert "usage: osft" in result.err
-
-
-def test_doctor_names_versions_and_kernels(tmp_path: Path) -> None:
-    result = forked(["doctor"], tmp_path)
-    assert (result.code, result.err) == (0, "")
-    packages, rest = result.out.removeprefix("packages\n").split("hardware\n")
-    hardware, kernels = rest.split("kernels\n")
-    found = dict(line.split() for line in packages.splitlines())
-    assert found["torch"] == version("torch")
-    assert "device" in hardware
-    assert [line.split("  ")[1] for line in kernels.splitlines()] == [
-        "linear layers", "attention", "norms", "rope", "adam", "cross-entropy",
-    ]  # fmt: skip
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_harness_is_not_told_to_run_foreign_code(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""`osft doctor` as a process, with real ranks."""
+
+import json
+import os
+import socket
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from program import Outcome, as_rank, forked, no_process_left, outcome, started
+from toy_run import write_start
+
+# Forked children find it loaded.
+import osft_mcore.doctor.examine  # noqa: F401
+
+MODULE = (sys.executable, "-m", "osft_mcore.cli")
+CONFIG = 2
+PLANTED = "hf_" + "Planted0" * 5
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def sections(result: Outcome) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    title = ""
+    for line in result.out.splitlines():
+        if line.startswith("  "):
+            found[title].append(line.strip())
+        else:
+            title = line
+            found[title] = []
+    return found
+
+
+def test_a_machine_in_order(tmp_path: Path) -> None:
+    """Two ranks ping each other on this machine; nothing is written, no secret is shown."""
+    with no_process_left():
+        result = outcome(
+            started(["doctor"], tmp_path, {"HF_TOKEN": PLANTED}, program=MODULE), timeout_s=240
+        )
+    assert result.code == 0, result
+    found = sections(result)
+    assert list(found) == [
+        "versions", "kernels", "devices", "network", "ports", "disk", "variables", "imports",
+        "ping", "training would start",
+    ]  # fmt: skip
+    versions = dict(line.split() for line in found["versions"] if ":" not in line)
+    assert versions["torch"] == version("torch")
+    assert [line.split("  ")[0] for line in found["kernels"]] == [
+        "linear layers", "attention", "norms", "rope", "adam", "cross-entropy",
+    ]  # fmt: skip
+    assert "127.0.0.1" in next(line for line in found["network"] if line.startswith("lo "))
+    assert "2 ranks (0, 1)" in found["ping"][0]
+    assert found["ping"][1].startswith("gloo, rank 0 to ")
+    assert "sum of 16 MiB over 2 ranks" in found["ping"][2]
+    assert "HF_TOKEN=[redacted]" in found["variables"]
+    assert PLANTED not in result.out + result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_options_of_a_run(tmp_path: Path) -> None:
+    """In order, then with an interface that is not there, and data under a name with a password."""
+    data, model = write_start(tmp_path)
+    options = [
+        "doctor", "--quick", f"model.path={model}", f"data.train={data / 'train.parquet'}",
+        f"output_dir={tmp_path / 'out'}", "model.dtype=fp32", "rollout.max_prompt_tokens=16",
+        "rollout.max_response_tokens=20", "checkpoint.every=1", "train.prompts_per_step=4",
+        "train.prompts_per_update=4",
+    ]  # fmt: skip
+    result = forked(options, tmp_path)
+    assert result.code == 0, result
+    found = sections(result)
+    of_run = found["osft train with these options"]
+    assert of_run[0] == "1 ranks: actor tp=1 cp=1 pp=1 vpp=1 dp=1; rollout tp=1"
+    assert of_run[1].startswith("a checkpoint takes ")
+    assert found["options and files"] == [
+        "options, model, tokenizer and data are as the run needs them"
+    ]
+    assert found["ping"][1] == "gloo: one rank, which spoke to itself"
+    assert not (tmp_path / "out").exists()
+    absent = f"data.train=https://user:{PLANTED}@host/x.parquet"
+    variables = {"GLOO_SOCKET_IFNAME": "nope0"}
+    result = forked([*options, absent, "parallel.tp=3"], tmp_path, variables)
+    assert result.code == CONFIG
+    assert sections(result)["ping"] == ["note: not tried: problems above come first"]
+    assert "  PROBLEM: GLOO_SOCKET_IFNAME: found 'nope0'" in result.out
+    assert result.out.endswith("training would not start\n")
+    assert result.err.startswith("osft: ConfigError\n  - GLOO_SOCKET_IFNAME: found 'nope0'")
+    problems = sections(result)["options and files"]
+    assert any("data.train: 'https:" in line and "is not a file" in line for line in problems)
+    assert any("parallel.tp" in line for line in problems)
+    assert PLANTED not in result.out + result.err
+
+
+def test_under_torchrun(tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    program = (*torchrun, *MODULE[1:])
+    with no_process_left():
+        result = outcome(started(["doctor", "--quick"], tmp_path, program=program), timeout_s=240)
+    assert result.code == 0, result
+    found = sections(result)
+    assert "2 ranks (0, 1)" in found["ping"][0]
+    assert "sum of 16 MiB over 2 ranks" in found["ping"][2]
+    assert result.out.endswith("training would start\n")
+    assert result.out.count("training would start") == 1
+    assert "RANK=0" in found["variables"]
+
+
+def test_a_problem_of_one_host_ends_all_ranks_alike(tmp_path: Path) -> None:
+    """Both are the first rank of a host, and one host's variable is wrong: nobody waits."""
+    places = [
+        as_rank(rank, 2)
+        | {"MASTER_PORT": str(port), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        | ({"GLOO_SOCKET_IFNAME": "nope0"} if rank else {})
+        for port in [free_port()]
+        for rank in range(2)
+    ]
+    said = tmp_path / "second.json"
+    pid = os.fork()
+    if pid == 0:
+        second = forked(["doctor", "--quick"], tmp_path, places[1])
+        said.write_text(json.dumps([second.code, second.out, second.err]))
+        os._exit(0)
+    first = forked(["doctor", "--quick"], tmp_path, places[0])
+    os.waitpid(pid, 0)
+    code, out, err = json.loads(said.read_text())
+    second = Outcome(code=code, out=out, err=err)
+    assert (first.code, second.code) == (CONFIG, CONFIG), (first, second)
+    ping = sections(first)["ping"]
+    assert any("PROBLEM: " in line and "found 'nope0'" in line for line in ping), ping
+    assert ping[-1] == "note: not tried: problems above come first"
+    assert first.out.endswith("training would not start\n")
+    assert (first.err, second.out) == ("", "")
+    assert "GLOO_SOCKET_IFNAME: found 'nope0'" in second.err
+
+
+def test_half_a_launcher(tmp_path: Path) -> None:
+    result = forked(["doctor"], tmp_path, {"RANK": "0"})
+    assert result.code == CONFIG
+    assert "WORLD_SIZE, MASTER_ADDR, MASTER_PORT: not set" in result.err
