@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from osft_mcore import __version__
 from osft_mcore.errors import ConfigError, NothingLeft, OsftError, Stopped
+from osft_mcore.parallel.network import check_meeting_point, network_errors
 from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.parallel.world import (
     check_launch_environment,
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     if arguments.command == "doctor":
-        return _doctor()
+        return _doctor(arguments.meeting_point)
     from osft_mcore.config.check import check
     from osft_mcore.config.dimensions import known_shape
     from osft_mcore.config.phases import samples
@@ -102,7 +103,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     if not started_by_own_launcher():
         from osft_mcore.train.preflight import input_errors
 
-        errors = input_errors(config, phase)
+        errors = (*network_errors(), *input_errors(config, phase))
         if harness is not None:
             return _score_with_harness(given, config, harness, errors, topology.world_size)
         if errors:
@@ -258,7 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     # Without a help text it is not listed: nobody has to call it.
     commands.add_parser(FOLLOW).add_argument("run", type=Path)
     text = "what is installed here, and which kernel would compute what"
-    commands.add_parser("doctor", help=text, description=text)
+    doctor = commands.add_parser("doctor", help=text, description=text)
+    text = "only ask whether torchrun can meet there: on that host the port must be free"
+    doctor.add_argument("--meeting-point", metavar="HOST:PORT", help=text)
     text = report_command.HELP
     report_command.add_arguments(commands.add_parser("report", help=text, description=text))
     return parser
@@ -274,7 +277,10 @@ def _host() -> "Host | None":
     return Host(cores=usable_cores(), gpus=visible_gpus(), num_ranks=num_ranks)
 
 
-def _doctor() -> int:
+def _doctor(meeting_point: str | None) -> int:
+    if meeting_point is not None:
+        check_meeting_point(meeting_point)
+        return 0
     _silence_libraries()
     from osft_mcore.log.console import Console
     from osft_mcore.train.doctor import run_doctor
