@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from osft_mcore import __version__
+from osft_mcore.command_line import FOLLOW, parse
 from osft_mcore.doctor import command as doctor_command
 from osft_mcore.errors import ConfigError, NothingLeft, OsftError, Stopped
 from osft_mcore.log import redact
+from osft_mcore.parallel.network import check_meeting_point, network_errors
 from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.parallel.world import (
     check_launch_environment,
@@ -46,14 +47,11 @@ if TYPE_CHECKING:
     from osft_mcore.log.console import Console
     from osft_mcore.parallel.groups import ParallelContext
 
-FOLLOW = "follow"
-"""The command of the process that evaluation.mode=async starts."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = _arguments(given)
+    arguments = parse(given)
     try:
         if arguments.command == "report":
             report_command.run_report(arguments)
@@ -105,7 +103,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
     if not started_by_own_launcher():
         from osft_mcore.train.preflight import input_errors
 
-        errors = input_errors(config, phase)
+        errors = (*network_errors(), *input_errors(config, phase))
         if harness is not None:
             return _score_with_harness(given, config, harness, errors, topology.world_size)
         if errors:
@@ -237,52 +235,6 @@ def _hidden_by(
     return []
 
 
-def _arguments(given: Sequence[str]) -> argparse.Namespace:
-    """Overrides may stand before and after flags; argparse alone takes them in one run only."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(given)
-    takes_options = "overrides" in arguments
-    if unknown := [text for text in rest if text.startswith("-") or not takes_options]:
-        parser.error(f"unrecognized arguments: {' '.join(redact.redacted_arguments(unknown))}")
-    if takes_options:
-        arguments.overrides += rest
-    return arguments
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="osft", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"osft-mcore {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("train", "online SFT: sample, train, sync, repeat"),
-        ("sft", "supervised fine-tuning on given answers"),
-        ("generate", "sample answers to the training prompts once, for offline training"),
-        ("evaluate", "score a model on held-out problems"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="print options, ranks and batches and stop; needs no GPU, model or data",
-        )
-        command.add_argument("--config-dir", type=Path, help="folder to use instead of conf/")
-        if name == "evaluate":
-            text = "score this run's checkpoints, with the options that it had; into RUN/scores"
-            command.add_argument("--run", type=Path, help=text)
-            text = "then run tasks of lm-evaluation-harness: names or .yaml files, with commas"
-            command.add_argument("--lm-eval", metavar="TASKS", help=text)
-            text = "for the harness, as one text, as in '--num_fewshot 4 --limit 100'"
-            command.add_argument("--lm-eval-args", metavar="ARGS", default="", help=text)
-        command.add_argument("overrides", nargs="*", metavar="option=value")
-    # Without a help text it is not listed: nobody has to call it.
-    commands.add_parser(FOLLOW).add_argument("run", type=Path)
-    text = doctor_command.HELP
-    doctor_command.add_arguments(commands.add_parser("doctor", help=text, description=text))
-    text = report_command.HELP
-    report_command.add_arguments(commands.add_parser("report", help=text, description=text))
-    return parser
-
-
 def _host() -> "Host | None":
     """What evaluation.devices may name; None on hosts other than rank 0's."""
     from osft_mcore.config.check_async import Host
@@ -294,6 +246,9 @@ def _host() -> "Host | None":
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.meeting_point is not None:
+        check_meeting_point(arguments.meeting_point)
+        return 0
     _silence_libraries()
     if started_by_own_launcher():
         end_with_parent()

@@ -76,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "do not import vLLM, which takes most of the time"
     parser.add_argument("--quick", action="store_true", help=text)
+    text = "only ask whether torchrun can meet there: on that host the port must be free"
+    parser.add_argument("--meeting-point", metavar="HOST:PORT", help=text)
     parser.add_argument("--config-dir", type=Path, help="folder to use instead of conf/")
     parser.add_argument("overrides", nargs="*", metavar="option=value", help="as osft train's")
 

@@ -7,7 +7,6 @@ from osft_mcore.doctor.facts import (
     GIB,
     MIB,
     Finding,
-    Interface,
     Machine,
     Port,
     Section,
@@ -20,6 +19,7 @@ from osft_mcore.doctor.facts import (
     ranges,
 )
 from osft_mcore.log.redact import redacted
+from osft_mcore.parallel.network import GLOO, NCCL, interface_problem, reach_problem
 
 SHM_PER_RANK: Final = 64 * MIB
 """Buffers of NCCL, gloo and vLLM, which end the ranks where they do not fit. A container that was
@@ -129,14 +129,14 @@ def network_section(
     found: Machine, variables: Mapping[str, str], *, num_hosts: int, uses_nccl: bool
 ) -> Section:
     """Interfaces, and whether the variables name ones that are there."""
-    return Section(
-        title="network",
-        findings=(
-            *_interfaces(found),
-            *_named_for_gloo(found, variables, num_hosts),
-            *(_named_for_nccl(found, variables) if uses_nccl else ()),
-        ),
-    )
+    findings = list(_interfaces(found))
+    for name in (GLOO, NCCL) if uses_nccl else (GLOO,):
+        findings += _named(found, name, variables.get(name, ""))
+    names = [one.name for one in found.interfaces]
+    trouble = reach_problem(variables.get(GLOO, ""), found.own_address, names)
+    if num_hosts > 1 and trouble:
+        findings.append(problem(trouble))
+    return Section(title="network", findings=tuple(findings))
 
 
 def _interfaces(found: Machine) -> Iterator[Finding]:
@@ -161,52 +161,18 @@ def _interfaces(found: Machine) -> Iterator[Finding]:
         )
 
 
-def _named_for_gloo(
-    found: Machine, variables: Mapping[str, str], num_hosts: int
-) -> Iterator[Finding]:
-    text = variables.get("GLOO_SOCKET_IFNAME", "")
-    for name in filter(None, text.split(",")):
-        yield from _interface(found.interfaces, "GLOO_SOCKET_IFNAME", name, [name])
-        if num_hosts > 1 and name == "lo":
-            yield problem(
-                "GLOO_SOCKET_IFNAME: found 'lo', which other hosts do not reach; name the "
-                f"interface that they share: {_up(found.interfaces)}"
-            )
-
-
-def _named_for_nccl(found: Machine, variables: Mapping[str, str]) -> Iterator[Finding]:
-    """A comma-separated list of beginnings of names; = asks for whole names, ^ leaves out."""
-    text = variables.get("NCCL_SOCKET_IFNAME", "")
-    names = [one.name for one in found.interfaces]
-    exclude, exact = text.startswith("^"), text.lstrip("^").startswith("=")
-    wanted = [part for part in text.lstrip("^=").split(",") if part]
-    if not wanted:
+def _named(found: Machine, variable: str, value: str) -> Iterator[Finding]:
+    """Whether the interfaces that a variable names are there, and up."""
+    if not value:
         return
-    matches = [
-        name for name in names
-        if any(name == part if exact else name.startswith(part) for part in wanted)
-    ]  # fmt: skip
-    if exclude:
-        matches = [name for name in names if name not in matches]
-    yield from _interface(found.interfaces, "NCCL_SOCKET_IFNAME", text, matches)
-
-
-def _interface(
-    there: Sequence[Interface], variable: str, text: str, matches: Sequence[str]
-) -> Iterator[Finding]:
-    taken = [one for one in there if one.name in matches]
-    up = [one.name for one in taken if one.up]
-    if up:
-        yield fact(f"{variable} = {text}: {', '.join(up)}")
+    if trouble := interface_problem(variable, value, [one.name for one in found.interfaces]):
+        yield problem(trouble)
         return
-    state = f"{taken[0].name} is down" if taken else "there is no such interface"
-    yield problem(
-        f"{variable}: found {text!r}, but {state}; expected one of {_up(there)}, or unset it"
-    )
-
-
-def _up(there: Sequence[Interface]) -> str:
-    return ", ".join(one.name for one in there if one.up) or "none, for none is up"
+    up = [one.name for one in found.interfaces if one.up]
+    if interface_problem(variable, value, up):
+        yield problem(f"{variable}: found {value!r}, which is down; up are: {', '.join(up) or '-'}")
+    else:
+        yield fact(f"{variable} = {value}")
 
 
 def port_section(found: Machine) -> Section:

@@ -20,9 +20,15 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.cpu import megatron_device
 from osft_mcore.parallel.loopback import ON_LOOPBACK
+from osft_mcore.parallel.network import port_in_use
 from osft_mcore.parallel.topology import Coordinates, Topology
 from osft_mcore.parallel.watchdog import Watchdog
-from osft_mcore.parallel.world import launched_world_size, local_rank, local_world_size
+from osft_mcore.parallel.world import (
+    launched_world_size,
+    launcher_keeps_store,
+    local_rank,
+    local_world_size,
+)
 
 STORE_PATIENCE_S: Final = 10.0
 """Without an answer for so long, the launcher's store is lost."""
@@ -67,7 +73,8 @@ def parallel_context(
     Every rank must call, under torchrun (or anything that sets its variables). `deadlines`: minutes
     by phase, which the context watches over; None: it does not. `timeout_minutes` is for what is in
     no phase.
-    Raises ConfigError if the world does not fit the topology.
+    Raises ConfigError if the world does not fit the topology, or if rank 0 has to open MASTER_PORT
+    and cannot.
     """
     world_size = launched_world_size() or 1
     if world_size != topology.world_size:
@@ -76,11 +83,12 @@ def parallel_context(
             f"*{topology.cp}*{topology.pp}*{topology.dp} = {topology.world_size}"
         )
     device = _claim_device()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        device_id=device if device.type == "cuda" else None,
-    )
+    with _port_in_use_as_config_error():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
     try:
         context = join_groups(topology, device=device, timeout_minutes=timeout_minutes)
         if deadlines is None:
@@ -162,9 +170,11 @@ def limit_collectives(seconds: float) -> None:
 
 def _watchdog(context: ParallelContext, deadlines: Mapping[str, float]) -> Watchdog:
     world_size, store = context.topology.world_size, None
+    keeper = "the launcher" if launcher_keeps_store() else "rank 0"
     if world_size > 1:
         # A connection of its own: on the world's, the main thread may be waiting.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        keeper += f" on {address}"
         patience = datetime.timedelta(seconds=STORE_PATIENCE_S)
         store = TCPStore(address, port, None, is_master=False, timeout=patience)
     return Watchdog(
@@ -174,7 +184,19 @@ def _watchdog(context: ParallelContext, deadlines: Mapping[str, float]) -> Watch
         otherwise_s=60 * context.timeout_minutes,
         limit_collectives=limit_collectives,
         store=store,
+        keeper=keeper,
     )
+
+
+@contextlib.contextmanager
+def _port_in_use_as_config_error() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = int(os.environ["MASTER_PORT"])
+        raise ConfigError(f"MASTER_PORT: {port_in_use(port)}") from error
 
 
 def wait_for_all(context: ParallelContext) -> None:

@@ -82,14 +82,16 @@ class Watchdog:
         otherwise_s: float,
         limit_collectives: Callable[[float], None],
         store: Store | None,
+        keeper: str = "the launcher",
     ) -> None:
         """Seconds by phase, `otherwise_s` for others and in between.
 
         `limit_collectives` is called with the seconds of each phase that is entered, and some more:
         they fail where this cannot help. `store`, which no other thread uses, is where ranks make
-        themselves known; None: this one is alone.
+        themselves known, and `keeper` who has it; None: this one is alone.
         """
         self._rank, self._world_size, self._store = rank, world_size, store
+        self._keeper, self._lost = keeper, ""
         self._deadlines_s, self._otherwise_s = deadlines_s, otherwise_s
         self._limit_collectives = limit_collectives
         self._place = Place(host=socket.gethostname(), phase=BETWEEN, number=0)
@@ -135,9 +137,12 @@ class Watchdog:
         self._arm(Place(host=host, phase=BETWEEN, number=number + 1), self._otherwise_s)
 
     def missing(self) -> str:
-        """Which ranks do not answer, or are not here yet; takes a few seconds. Empty: none."""
+        """Which ranks do not answer, or are not here yet; takes a few seconds. Empty: none.
+
+        Without a store it says that there is none.
+        """
         if self._store is None:
-            return ""
+            return self._lost
         try:
             before = self._beats_of_all()
             until = time.monotonic() + SILENT_S
@@ -147,7 +152,11 @@ class Watchdog:
                 time.sleep(BEAT_S / 2)
             return describe(self._place, self._seen(before), rank=self._rank)
         except RuntimeError as error:
-            return f"the launcher's store does not answer ({_short(error)}); is its host gone?"
+            return self._store_lost(error)
+
+    def _store_lost(self, error: RuntimeError) -> str:
+        text = " ".join(str(error).split())[:120]
+        return f"the store of {self._keeper} does not answer, as if that were gone ({text})"
 
     def _arm(self, place: Place, limit_s: float) -> None:
         with self._lock:
@@ -180,10 +189,10 @@ class Watchdog:
                 self._store.set(f"watchdog/place/{self._rank}", json.dumps(asdict(self._place)))
                 self._store.set(f"watchdog/beats/{self._rank}", str(self._beats))
             except RuntimeError as error:
-                self._store = None
+                self._store, self._lost = None, self._store_lost(error)
                 sys.stderr.write(
-                    f"[rank {self._rank}] the launcher's store does not answer ({_short(error)}); "
-                    "ranks that are lost from here on cannot be named\n"
+                    f"[rank {self._rank}] {self._lost}; ranks that are lost from here on cannot be "
+                    "named\n"
                 )
 
     def _end(self, place: Place, limit_s: float) -> None:
@@ -230,7 +239,3 @@ def describe(here: Place, seen: Sequence[Seen], *, rank: int) -> str:
 
 def _option(phase: str) -> str:
     return "start" if phase == BETWEEN else phase
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

@@ -91,6 +91,11 @@ def started_by_torchrun() -> bool:
     return bool(os.environ.get("TORCHELASTIC_RUN_ID")) and not started_by_own_launcher()
 
 
+def launcher_keeps_store() -> bool:
+    """True if the store at MASTER_ADDR outlives the ranks; else rank 0 has it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def job_id(environ: Mapping[str, str] = os.environ) -> str | None:
     """The Slurm job that this process belongs to; a job that is requeued keeps its id."""
     return environ.get("SLURM_JOB_ID") or None

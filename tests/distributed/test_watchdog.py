@@ -135,4 +135,4 @@ def test_a_lost_store_is_said_once_and_ends_nothing(
         del server
         with watch.phase("train"):
             time.sleep(3 * watchdog.BEAT_S)
-    assert capfd.readouterr().err.count("the launcher's store does not answer") == 1
+    assert capfd.readouterr().err.count("the store of the launcher does not answer") == 1

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -255,6 +256,36 @@ def test_bad_input_is_one_error_before_a_rank_starts_and_on_every_rank(
     assert (first.code, first.err) == (alone.code, alone.err)
     assert (second.code, second.err.count("\n")) == (code, 1)
     assert second.err.startswith("[rank 1] ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interface_that_is_not_there_is_an_error_beside_the_others(
+    files: Files, tmp_path: Path
+) -> None:
+    options = files.options("train", "data.prompt_key=question")
+    names = {"GLOO_SOCKET_IFNAME": "ib7"}
+    for launcher in (names, as_rank(0, 2) | names):
+        result = forked(options, tmp_path, launcher)
+        assert result.code == CONFIG
+        assert "GLOO_SOCKET_IFNAME: no interface ib7 on this host, " in result.err
+        assert "interfaces here: lo" in result.err
+        assert "no column 'question'" in result.err
+    # Where it is only planned, the network may be another.
+    assert forked([*files.options("train"), "--dry-run"], tmp_path, names).code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_master_port_in_use_is_told_by_the_rank_that_needs_it(
+    files: Files, tmp_path: Path
+) -> None:
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        launcher = as_rank(0, 2) | {"MASTER_PORT": str(port)}
+        result = forked(files.options("train"), tmp_path, launcher)
+    assert result.code == CONFIG, result
+    told = result.err[result.err.index("osft: ConfigError") :].splitlines()
+    assert len(told) == 2
+    assert told[1].startswith(f"  - MASTER_PORT: port {port} of {socket.gethostname()} is in use")
     assert list(tmp_path.iterdir()) == []
 
 

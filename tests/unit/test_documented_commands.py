@@ -17,6 +17,7 @@ import pytest
 from torch.distributed import run as torchrun
 
 from osft_mcore import cli
+from osft_mcore.command_line import parse
 from osft_mcore.config.load import load_config, to_yaml
 from osft_mcore.data.arithmetic import TinyModel, write_model_folder
 from osft_mcore.errors import ConfigError
@@ -156,7 +157,7 @@ def osft(given: Sequence[str], command: Command) -> str:
     whole = "..." not in given
     given = [word.replace("=...", "=x") for word in given if word not in ("...", "option=value")]
     given = [word.replace("experiment=NAME", "experiment=arithmetic_osft") for word in given]
-    arguments = cli._arguments(given)
+    arguments = parse(given)
     if arguments.command in ("report", "doctor"):
         return ""
     if not whole or NEEDS_GPUS in command.text or getattr(arguments, "run", None):
