@@ -1,10 +1,16 @@
 """Who pings, and what is said of it."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from osft_mcore.doctor.facts import section_lines
 from osft_mcore.doctor.pinging import Word, backends_for, ping_section
-from osft_mcore.parallel.ping import Ping
+from osft_mcore.errors import ConfigError, DeadlinePassed
+from osft_mcore.parallel.ping import Meeting, Ping
 
 TOLD = {"torch": "2.13.0", "vllm": "0.32.0"}
 ONE = Word(host="one", can_nccl=True, versions=TOLD)
@@ -53,3 +59,36 @@ def test_problems_and_versions_of_other_hosts_are_told() -> None:
     assert "note: vllm: 0.32.0 on one, 0.31.0 on two" in text
     assert "torch" not in text
     assert "note: not tried" in text
+
+
+@pytest.fixture
+def join(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Meeting]:
+    """A rank of three, of which not all come, at a launcher's store on a port."""
+
+    def meeting(rank: int, port: int) -> Meeting:
+        told = {
+            "RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
+        for name, value in told.items():
+            monkeypatch.setenv(name, str(value))
+        return Meeting(patience_s=0.5)
+
+    return meeting
+
+
+def test_ranks_that_do_not_come_are_named(join: Callable[[int, int], Meeting]) -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, second = join(0, server.port), join(1, server.port)
+    assert second.gather("word", {"host": "two"}) == []
+    with pytest.raises(DeadlinePassed, match=r"no word from rank 2 of 3 within 0\.5 s"):
+        first.gather("word", {"host": "one"})
+    with pytest.raises(DeadlinePassed, match="no word from rank 0"):
+        second.tell("code", lambda: 0)
+    told: Any = first.tell("code", lambda: [7])
+    assert told == second.tell("code", lambda: 0) == [7]
+
+
+def test_a_store_that_does_not_answer(join: Callable[[int, int], Meeting]) -> None:
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:9 does not answer rank 1"):
+        join(1, 9)

@@ -221,10 +221,12 @@ def test_secrets_are_not_shown() -> None:
         "NCCL_DEBUG": "INFO",
         "VLLM_PROXY": f"http://user:{planted}@host/",
         "MY_PASSWORD": planted,
+        "VLLM_AUTH": "known by its name alone",
         "TORCHELASTIC_RUN_ID": "x",
     }
     text = "\n".join(section_lines(verdict.variable_section(variables, num_cores=4, num_ranks=2)))
     assert planted not in text
+    assert "by its name" not in text
     assert "NCCL_DEBUG=INFO" in text
     assert "HF_TOKEN=[redacted]" in text
     assert "TORCHELASTIC" not in text
@@ -237,6 +239,7 @@ def test_secrets_are_not_shown() -> None:
     found = Section(title="x", findings=(Finding(kind="problem", text=url),))
     assert planted not in str(errors_of([found])[0])
     assert "is not a file" in "\n".join(section_lines(found))
+    assert planted not in "\n".join(section_lines(found))
 
 
 def test_threads_that_wait_for_each_other() -> None:
