@@ -135,4 +135,6 @@ def test_a_lost_store_is_said_once_and_ends_nothing(
         del server
         with watch.phase("train"):
             time.sleep(3 * watchdog.BEAT_S)
+            # Not empty, which would mean that all are here.
+            assert "the store of the launcher does not answer" in watch.missing()
     assert capfd.readouterr().err.count("the store of the launcher does not answer") == 1
