@@ -24,7 +24,10 @@ from osft_mcore.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("osft", "python", "make", "torchrun", "bash", "sbatch", "pip")
+PROGRAMS = (
+    "osft", "python", "make", "torchrun", "bash", "sbatch", "pip",
+    "examples/multi_node_torchrun.sh",
+)  # fmt: skip
 OTHERS = ("cat",)
 """Not ours to check."""
 NEEDS_GPUS = "# needs GPUs"
@@ -120,7 +123,7 @@ def checked(words: Sequence[str], command: Command) -> str:
         case ["python", str(tool), *given]:
             return python(tool, given)
         case ["torchrun", *given]:
-            found = torchrun.get_args_parser().parse_args(given)
+            found = torchrun.get_args_parser().parse_args([w for w in given if w != "..."])
             if (found.module, found.training_script) != (True, "osft_mcore.cli"):
                 return "expected -m osft_mcore.cli"
             return osft(found.training_script_args, command)
@@ -129,6 +132,11 @@ def checked(words: Sequence[str], command: Command) -> str:
             if given[at].endswith("train.sbatch"):
                 load_config(given[at + 2 :])
             return bash(given[at])
+        case [str(script), _nodes, _meeting_point, *given] if script.startswith("examples/"):
+            load_config([word for word in given if word != "..."])
+            return bash(script)
+        case [str(variable), *rest] if re.fullmatch(r"[A-Z_]+=\S*", variable):
+            return checked(rest, command)
     return checked_by_files(words)
 
 
@@ -158,7 +166,11 @@ def osft(given: Sequence[str], command: Command) -> str:
     given = [word.replace("=...", "=x") for word in given if word not in ("...", "option=value")]
     given = [word.replace("experiment=NAME", "experiment=arithmetic_osft") for word in given]
     arguments = parse(given)
-    if arguments.command in ("report", "doctor"):
+    if arguments.command == "report":
+        return ""
+    if arguments.command == "doctor":
+        if not whole:
+            load_config(arguments.overrides)
         return ""
     if not whole or NEEDS_GPUS in command.text or getattr(arguments, "run", None):
         load_config(arguments.overrides)
