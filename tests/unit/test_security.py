@@ -1,7 +1,9 @@
 """What the program never does: run what came with data, listen outside, give secrets away."""
 
 import ast
+import contextlib
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import pytest
 
 from osft_mcore.config.load import load_config
 from osft_mcore.config.schema import LoggingConfig
+from osft_mcore.data.arithmetic import TinyModel, write_model_folder
+from osft_mcore.errors import ConfigError
 from osft_mcore.log.metrics import MetricsLog
 from osft_mcore.log.redact import (
     HIDDEN,
@@ -21,6 +25,7 @@ from osft_mcore.log.redact import (
 )
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.loopback import loopback_store
+from osft_mcore.train.inputs import load_chat_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
@@ -171,6 +176,30 @@ def test_models_are_not_trusted_by_default() -> None:
     assert load_config([]).model.trust_remote_code is False
     presets = (ROOT / "conf").rglob("*.yaml")
     assert not [p.name for p in presets if "trust_remote_code" in p.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_beside_a_model_runs_only_if_the_option_says_so(
+    trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where transformers copies such code to.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    folder, mark = tmp_path / "model", tmp_path / "mark"
+    write_model_folder(folder, TinyModel())
+    code = (
+        "from transformers import PreTrainedTokenizerFast\n"
+        f"open({str(mark)!r}, 'w').close()\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    (folder / "own.py").write_text(code, encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    options = json.loads(file.read_text(encoding="utf-8"))
+    options["auto_map"] = {"AutoTokenizer": [None, "own.Own"]}
+    file.write_text(json.dumps(options), encoding="utf-8")
+    config = load_config([f"model.path={folder}", f"model.trust_remote_code={trusted}"])
+    with contextlib.suppress(ConfigError):
+        load_chat_tokenizer(config)
+    assert mark.exists() is trusted
 
 
 def test_the_store_of_the_ranks_is_on_this_machine_only() -> None:
