@@ -130,7 +130,7 @@ def checked(words: Sequence[str], command: Command) -> str:
         case ["sbatch", *given]:
             at = next(n for n, word in enumerate(given) if word.endswith(".sbatch"))
             if given[at].endswith("train.sbatch"):
-                load_config(given[at + 2 :])
+                load_config([word for word in given[at + 2 :] if word != "..."])
             return bash(given[at])
         case [str(script), _nodes, _meeting_point, *given] if script.startswith("examples/"):
             load_config([word for word in given if word != "..."])
