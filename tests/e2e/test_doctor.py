@@ -86,7 +86,7 @@ def test_the_options_of_a_run(tmp_path: Path) -> None:
     result = forked([*options, absent, "parallel.tp=3"], tmp_path, variables)
     assert result.code == CONFIG
     assert sections(result)["ping"] == ["note: not tried: problems above come first"]
-    assert "  PROBLEM: GLOO_SOCKET_IFNAME: found 'nope0'" in result.out
+    assert "  PROBLEM: GLOO_SOCKET_IFNAME: no interface nope0" in result.out
     assert result.out.endswith("training would not start\n")
     assert result.err.startswith("osft: ConfigError\n  - GLOO_SOCKET_IFNAME: found 'nope0'")
     problems = sections(result)["options and files"]
@@ -130,7 +130,7 @@ def test_a_problem_of_one_host_ends_all_ranks_alike(tmp_path: Path) -> None:
     second = Outcome(code=code, out=out, err=err)
     assert (first.code, second.code) == (CONFIG, CONFIG), (first, second)
     ping = sections(first)["ping"]
-    assert any("PROBLEM: " in line and "found 'nope0'" in line for line in ping), ping
+    assert any("PROBLEM: " in line and "no interface nope0" in line for line in ping), ping
     assert ping[-1] == "note: not tried: problems above come first"
     assert first.out.endswith("training would not start\n")
     assert (first.err, second.out) == ("", "")
