@@ -272,6 +272,9 @@ def _run_rank(
     if started_by_own_launcher():
         end_with_parent()
     _silence_libraries()
+    from osft_mcore.parallel.imports import import_megatron
+
+    import_megatron()
     from osft_mcore.log.console import Console
     from osft_mcore.parallel.groups import parallel_context
 
