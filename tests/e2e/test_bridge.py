@@ -35,17 +35,15 @@ QWEN2_SHARED_KV: dict[str, Any] = {"kind": "qwen2", "tied": True, "vocab": 301, 
 QWEN3: dict[str, Any] = {"kind": "qwen3", "tied": False, "vocab": 129}
 LLAMA: dict[str, Any] = {"kind": "llama", "tied": False, "vocab": 255}
 MISTRAL: dict[str, Any] = {"kind": "mistral", "tied": False, "vocab": 190, "sliding_window": None}
-# Every family (Mistral is Llama's code there) meets rollout.tp 2; every vocabulary is padded on
-# both sides, differently.
+# Every family (Mistral is Llama's code there) but Mistral meets rollout.tp 2; every vocabulary is
+# padded on both sides, differently.
 COMBINATIONS = {
-    "tp1 -> 1": (Topology(tp=1, pp=1, dp=1, rollout_tp=1), QWEN2_TIED),
     "tp1 dp2 -> 2": (Topology(tp=1, pp=1, dp=2, rollout_tp=2), QWEN2_TIED),
     "tp2 -> 1": (Topology(tp=2, pp=1, dp=1, rollout_tp=1), QWEN3),
     "tp2 -> 2": (Topology(tp=2, pp=1, dp=1, rollout_tp=2), LLAMA),
-    "pp2 -> 1": (Topology(tp=1, pp=2, dp=1, rollout_tp=1), MISTRAL),
     # One key/value head: both rollout ranks hold it.
     "pp2 -> 2": (Topology(tp=1, pp=2, dp=1, rollout_tp=2), QWEN2_SHARED_KV),
-    "tp2 pp2 -> 1": (Topology(tp=2, pp=2, dp=1, rollout_tp=1), QWEN2_TIED),
+    "tp2 pp2 -> 1": (Topology(tp=2, pp=2, dp=1, rollout_tp=1), MISTRAL),
     "tp2 pp2 -> 2": (Topology(tp=2, pp=2, dp=1, rollout_tp=2), QWEN3),
 }
 MODES: dict[str, Mode] = {"tp2 -> 1": "copy", "pp2 -> 2": "reload", "tp2 pp2 -> 1": "reload"}

@@ -102,14 +102,9 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_two_hosts_compute_what_one_does(cluster: Cluster, one_host: Path) -> None:
-    runs = [cluster.start(number, "two") for number in range(2)]
-    codes = [ended(process, log, timeout_s=START_S) for process, log in runs]
-    assert codes == [0, 0], runs[0][1].read_text()[-4000:]
-    assert_same_run(cluster.root / "two", one_host)
-
-
-def test_a_lost_host_is_named_and_comes_back(cluster: Cluster, one_host: Path) -> None:
+def test_two_hosts_compute_what_one_does_and_a_lost_one_comes_back(
+    cluster: Cluster, one_host: Path
+) -> None:
     """The power of one fails in the middle of a step: it sends no more, not even an end."""
     (first, log), (second, _) = (cluster.start(number, "lost", *DEADLINES) for number in range(2))
     host, processes = cluster.hosts[1], [first, second]
