@@ -4,14 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from osft_mcore.actor.megatron_layout import actor_layouts
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import RunConfig
-from osft_mcore.errors import ConfigError, WeightError
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.rollout.vllm_layout import engine_layouts
-from osft_mcore.train.weight_plan import alias_forbidden
-from osft_mcore.weights.alias import choose_aliases
+from osft_mcore.train.weight_plan import both_sides
 from osft_mcore.weights.bound import missing_elements
 from osft_mcore.weights.layout import Layout
 from osft_mcore.weights.params import hf_layouts
@@ -33,15 +29,8 @@ class Push:
 
 def push_of(config: RunConfig, shape: ModelShape, topology: Topology, *, itemsize: int) -> Push:
     """Of weights of `itemsize` bytes. Raises ConfigError if sync.mode cannot be had."""
-    sources = actor_layouts(
-        shape, topology, vocab_multiple=config.model.vocab_multiple, transformer_engine=False
-    )
-    targets = engine_layouts(shape, topology)
-    forbidden = alias_forbidden(config.sync, config.rollout, config.train)
-    try:
-        aliases = choose_aliases(config.sync.mode, sources, targets, forbidden=forbidden)
-    except WeightError as error:
-        raise ConfigError(str(error).splitlines()) from error
+    sides = both_sides(config, shape, topology)
+    sources, targets = sides.sources, sides.targets
     wanted: Mapping[int, Mapping[str, Layout]] = targets
     extra = 0
     if config.sync.mode == "reload":
@@ -50,7 +39,7 @@ def push_of(config: RunConfig, shape: ModelShape, topology: Topology, *, itemsiz
         extra = max(_elements(layout) for layout in whole.values())
     missing = missing_elements(sources, wanted)
     shared = dict.fromkeys(targets, 0)
-    for alias in aliases:
+    for alias in sides.aliases:
         shared[alias.rank] += _elements(targets[alias.rank][alias.dst_param])
     buffers = config.sync.bucket_bytes if any(missing.values()) else 0
     return Push(

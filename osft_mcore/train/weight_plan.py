@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from itertools import product
 from typing import Final
 
@@ -13,8 +13,14 @@ from osft_mcore.config.schema import RolloutConfig, RunConfig, SyncConfig, Train
 from osft_mcore.errors import ConfigError, WeightError
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.rollout.vllm_layout import engine_layouts
-from osft_mcore.weights.alias import choose_aliases, deliveries, delivery_lines
+from osft_mcore.weights.alias import (
+    Alias,
+    choose_aliases,
+    deliveries,
+    delivery_lines,
+)
 from osft_mcore.weights.bound import PlanBytes, missing_elements, plan_bytes
+from osft_mcore.weights.layout import Layouts
 from osft_mcore.weights.params import hf_layouts
 from osft_mcore.weights.plan import make_plan
 from osft_mcore.weights.sides import check_sides
@@ -35,11 +41,19 @@ def alias_forbidden(sync: SyncConfig, rollout: RolloutConfig, train: TrainConfig
     return "" if rollout.enforce_eager else "rollout.enforce_eager=false fixes where weights lie"
 
 
-def weight_lines(config: RunConfig, shape: ModelShape, topology: Topology) -> list[str]:
-    """What a push will share, copy and receive, for people.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BothSides:
+    """How actor and engine hold the weights, rank by rank, and what they share."""
 
-    Raises ConfigError if sync.mode cannot be had with these layouts.
-    """
+    sources: Layouts
+    targets: Layouts
+    aliases: tuple[Alias, ...]
+    forbidden: str
+    """Why they may share nothing; empty if they may."""
+
+
+def both_sides(config: RunConfig, shape: ModelShape, topology: Topology) -> BothSides:
+    """Of a run with these options. Raises ConfigError if sync.mode cannot be had with them."""
     sources = actor_layouts(
         shape, topology, vocab_multiple=config.model.vocab_multiple, transformer_engine=False
     )
@@ -49,7 +63,18 @@ def weight_lines(config: RunConfig, shape: ModelShape, topology: Topology) -> li
         aliases = choose_aliases(config.sync.mode, sources, targets, forbidden=forbidden)
     except WeightError as error:
         raise ConfigError(str(error).splitlines()) from error
-    lines = delivery_lines(deliveries(sources, targets, aliases, forbidden=forbidden))
+    return BothSides(sources=sources, targets=targets, aliases=aliases, forbidden=forbidden)
+
+
+def weight_lines(config: RunConfig, shape: ModelShape, topology: Topology) -> list[str]:
+    """What a push will share, copy and receive, for people.
+
+    Raises ConfigError if sync.mode cannot be had with these layouts.
+    """
+    sides = both_sides(config, shape, topology)
+    sources, targets = sides.sources, sides.targets
+    found = deliveries(sources, targets, sides.aliases, forbidden=sides.forbidden)
+    lines = delivery_lines(found)
     least = missing_elements(sources, targets)
     if config.sync.mode == "reload":
         whole = hf_layouts(shape)

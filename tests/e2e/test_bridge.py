@@ -35,7 +35,7 @@ QWEN2_SHARED_KV: dict[str, Any] = {"kind": "qwen2", "tied": True, "vocab": 301, 
 QWEN3: dict[str, Any] = {"kind": "qwen3", "tied": False, "vocab": 129}
 LLAMA: dict[str, Any] = {"kind": "llama", "tied": False, "vocab": 255}
 MISTRAL: dict[str, Any] = {"kind": "mistral", "tied": False, "vocab": 190, "sliding_window": None}
-# Every family (Mistral is Llama's code there) but Mistral meets rollout.tp 2; every vocabulary is
+# Every family but Mistral (Llama's code there) meets rollout.tp 2; every vocabulary is
 # padded on both sides, differently.
 COMBINATIONS = {
     "tp1 dp2 -> 2": (Topology(tp=1, pp=1, dp=2, rollout_tp=2), QWEN2_TIED),
