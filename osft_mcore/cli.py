@@ -25,6 +25,7 @@ from osft_mcore.parallel.network import check_meeting_point, network_errors
 from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.parallel.world import (
     check_launch_environment,
+    check_started_once,
     device_type,
     end_with_parent,
     launched_rank,
@@ -75,6 +76,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
 
     phase: Phase = arguments.command
     check_launch_environment()
+    check_started_once()
     world_size = launched_world_size()
     harness = _harness(arguments)
     sound = partial(

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Online SFT on Qwen2.5-Math-1.5B, one GPU.
+# checkpoint.every=50 is ours, for less to be lost with a run that ends early; the release's script has 100.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 osft train experiment=osft_qwen2.5_math_1.5b checkpoint.every=50 "$@"

@@ -44,6 +44,8 @@ class Holder:
     """Slurm's."""
     started: str
     """ISO time."""
+    attempt: str = ""
+    """How often Slurm had started the job again; empty if it had not."""
 
     def __str__(self) -> str:
         job = f"Slurm job {self.job_id}, " if self.job_id else ""
@@ -51,12 +53,12 @@ class Holder:
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path, *, job_id: str | None) -> Iterator[str]:
+def run_lock(folder: Path, *, job_id: str | None, attempt: str = "") -> Iterator[str]:
     """Hold the lock of an existing run folder. Gives a line to print, if it was another's before.
 
     For one rank. Raises ConfigError if another job holds the lock, or may hold it.
     """
-    file, me = folder / FILE, _this_process(job_id)
+    file, me = folder / FILE, _this_process(job_id, attempt)
     descriptor, before = _acquire(file, me)
     try:
         content = json.dumps(asdict(me)).encode()
@@ -71,7 +73,7 @@ def run_lock(folder: Path, *, job_id: str | None) -> Iterator[str]:
         os.close(descriptor)
 
 
-def lock_refusal(folder: Path, *, job_id: str | None) -> str:
+def lock_refusal(folder: Path, *, job_id: str | None, attempt: str = "") -> str:
     """Why `run_lock` would fail now; empty if it would not. Takes no lock.
 
     The process that holds the lock must not call: it would lose it.
@@ -84,7 +86,7 @@ def lock_refusal(folder: Path, *, job_id: str | None) -> str:
         kernel, found = _look(descriptor), _read(descriptor)
     finally:
         os.close(descriptor)
-    return _refusal(folder / FILE, found, _this_process(job_id), kernel)
+    return _refusal(folder / FILE, found, _this_process(job_id, attempt), kernel)
 
 
 def _acquire(file: Path, me: Holder) -> tuple[int, Holder | None]:
@@ -117,7 +119,8 @@ def _refusal(file: Path, found: Holder | None, me: Holder, kernel: Kernel) -> st
         return f"output_dir: {file.parent} is in use by {holder}; wait for it, stop it, {other}"
     if found is None:
         return f"output_dir: {file} does not say which job holds it; if none does, delete it"
-    if _same_job(found, me) or (kernel == "free" and found.host == me.host):
+    here = found.host == me.host
+    if _is_earlier_attempt(found, me) or (here and (kernel == "free" or _ended(found, me))):
         return ""
     return (
         f"output_dir: {file.parent} is locked by {found}, and {me.host} cannot see whether that "
@@ -131,13 +134,28 @@ def _taken_over(before: Holder, me: Holder) -> str:
     return f"took over the lock of {before}: the same job, started again"
 
 
-def _same_job(found: Holder, me: Holder) -> bool:
-    return me.job_id is not None and found.job_id == me.job_id
+def _is_earlier_attempt(found: Holder, me: Holder) -> bool:
+    """Of one job, which Slurm ended before it started it again. Within an attempt there may be
+    several runs, as from two steps of a job."""
+    is_same_job = me.job_id is not None and found.job_id == me.job_id
+    return is_same_job and found.attempt != me.attempt
 
 
-def _this_process(job_id: str | None) -> Holder:
+def _ended(found: Holder, me: Holder) -> bool:
+    """Whether a process of this job on this host is gone, as a rank is that torchrun started anew.
+
+    Of other jobs, and without a job, this cannot be known: they may be in a container of their own.
+    """
+    if me.job_id is None or found.job_id != me.job_id:
+        return False
+    return found.pid == me.pid or not Path(f"/proc/{found.pid}").exists()
+
+
+def _this_process(job_id: str | None, attempt: str) -> Holder:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Holder(host=socket.gethostname(), pid=os.getpid(), job_id=job_id, started=now)
+    return Holder(
+        host=socket.gethostname(), pid=os.getpid(), job_id=job_id, started=now, attempt=attempt
+    )
 
 
 def _open(file: Path) -> tuple[int, bool]:

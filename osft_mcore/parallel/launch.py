@@ -15,7 +15,7 @@ from typing import Final
 
 from osft_mcore.errors import NothingLeft, Stopped
 from osft_mcore.parallel.loopback import LOOPBACK, ON_LOOPBACK, loopback_store
-from osft_mcore.parallel.world import OWN_RUN_ID, PARENT
+from osft_mcore.parallel.world import OWN_RUN_ID, PARENT, STARTED, run_start, usable_cores
 
 GRACEFUL: Final = (signal.SIGTERM, signal.SIGUSR1)
 """Ask a run to save and stop."""
@@ -85,8 +85,9 @@ def launch(
 def _start(
     command: Sequence[str], rank: int, num_processes: int, port: int
 ) -> subprocess.Popen[bytes]:
-    # One thread per rank and core: ranks that compete for cores wait for each other.
-    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    # One thread per rank and core: ranks that compete for cores wait for each other. A job often
+    # has a part of the machine's cores.
+    threads = max(1, len(usable_cores()) // num_processes)
     environment = {
         "OMP_NUM_THREADS": str(threads),
         # torch on CPU maps large tensors anew each time: in huge pages that costs a tenth as much.
@@ -107,6 +108,7 @@ def _start(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_RUN_ID": OWN_RUN_ID,
+        STARTED: str(run_start()),
         PARENT: str(os.getpid()),
     }
     # Away from the terminal: Ctrl-C there is for the launcher to handle.

@@ -1,5 +1,6 @@
 """Being told to stop: by a signal, a file, the end of the job, or checkpoint.stop_after."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from osft_mcore.config.duration import seconds
 from osft_mcore.errors import Stopped
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.parallel.launch import GRACEFUL, SAME_REQUEST_S
-from osft_mcore.parallel.world import PROGRAM_START, job_end
+from osft_mcore.parallel.world import PROGRAM_START, job_end, run_start
 
 STOP_FILE: Final = "stop"
 """In the run folder: whoever makes it asks the run to stop. Where ranks have a launcher that keeps
@@ -32,8 +33,9 @@ class StopSignals:
 
     The first only sets `received`; a later one ends the process at once, with 128 + its number,
     even where the main thread waits in a collective. Rank 0 also looks for STOP_FILE in `folder`;
-    one that is there already was meant for an earlier start and is removed. Left with Stopped, it
-    leaves STOPPED there.
+    one that is older than this run was meant for an earlier one and is removed. Left with Stopped,
+    it leaves STOPPED there; left with another error, STOP_FILE stays, for ranks that are started
+    again.
     """
 
     # Python's own handlers run between two bytecodes of the main thread, so not before a collective
@@ -55,7 +57,8 @@ class StopSignals:
         return self._signal
 
     def __enter__(self) -> Self:
-        self._forget(STOP_FILE, STOPPED)
+        self._forget(STOPPED)
+        self._forget_older_request()
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._writer)
@@ -78,14 +81,20 @@ class StopSignals:
         self._thread.join()
         os.close(self._writer)
         os.close(self._reader)
-        self._forget(STOP_FILE)
+        if error is None or isinstance(error, Stopped):
+            self._forget(STOP_FILE)
         if self._folder is not None and isinstance(error, Stopped):
             (self._folder / STOPPED).write_text(f"{error}\n", encoding="utf-8")
 
-    def _forget(self, *names: str) -> None:
+    def _forget(self, name: str) -> None:
         if self._folder is not None:
-            for name in names:
-                (self._folder / name).unlink(missing_ok=True)
+            (self._folder / name).unlink(missing_ok=True)
+
+    def _forget_older_request(self) -> None:
+        if self._folder is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if (self._folder / STOP_FILE).stat().st_mtime < run_start():
+                    self._forget(STOP_FILE)
 
     def _listen(self) -> None:
         first = 0.0

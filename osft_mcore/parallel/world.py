@@ -17,6 +17,10 @@ OWN_RUN_ID: Final = "osft-launcher"
 PROGRAM_START: Final = time.time()
 """Seconds since the epoch: this file is among the first to be imported."""
 
+STARTED: Final = "OSFT_STARTED"
+"""Since when what is asked of this run is meant for it, in seconds since the epoch: from whoever
+starts the ranks, perhaps for a second time."""
+
 PARENT: Final = "OSFT_PARENT"
 """Process id of whoever started this process and wants it to end with itself."""
 
@@ -35,6 +39,7 @@ def check_launch_environment() -> None:
     clusters export them to every job.
     """
     job_end()
+    run_start()
     found = {name: os.environ[name] for name in (*_PLACE, *_RENDEZVOUS) if os.environ.get(name)}
     if not found.keys() & set(_PLACE):
         return
@@ -57,6 +62,22 @@ def check_launch_environment() -> None:
         problems.append(f"RANK: found {rank}, expected less than WORLD_SIZE = {world_size}")
     if problems:
         raise ConfigError(problems)
+
+
+def check_started_once(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError if srun has started this program several times, and no launcher is between.
+
+    Each of them would start all ranks.
+    """
+    # What the step has; SLURM_NTASKS is the job's, and its script is started once.
+    num_tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    if not environ.get("RANK") and num_tasks.isdecimal() and int(num_tasks) > 1:
+        raise ConfigError(
+            f"SLURM_STEP_NUM_TASKS: found {num_tasks}: srun starts this program {num_tasks} times, "
+            "and each would start all ranks; let it start one torchrun a node, as "
+            "examples/slurm/train.sbatch does, or one task (srun --ntasks 1); unset the variable "
+            "if every task is a run of its own"
+        )
 
 
 def launched_world_size() -> int | None:
@@ -101,24 +122,39 @@ def job_id(environ: Mapping[str, str] = os.environ) -> str | None:
     return environ.get("SLURM_JOB_ID") or None
 
 
+def job_attempt(environ: Mapping[str, str] = os.environ) -> str:
+    """How often Slurm has started that job again; empty if it has not."""
+    return environ.get("SLURM_RESTART_COUNT", "")
+
+
 def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
     """When Slurm ends the job, in seconds since the epoch; None: no job, or none that ends.
 
     Raises ConfigError if that is no time.
     """
-    text = environ.get("SLURM_JOB_END_TIME")
+    return _time("SLURM_JOB_END_TIME", environ, setter="Slurm")
+
+
+def run_start(environ: Mapping[str, str] = os.environ) -> float:
+    """When a person or a job started this run, its ranks perhaps later. Raises as `job_end`."""
+    announced = _time(STARTED, environ, setter="your job script")
+    return PROGRAM_START if announced is None else min(announced, PROGRAM_START)
+
+
+def _time(name: str, environ: Mapping[str, str], *, setter: str) -> float | None:
+    text = environ.get(name)
     if not text:
         return None
     try:
-        end = float(text)
+        found = float(text)
     except ValueError:
-        end = math.nan
-    if not math.isfinite(end):
+        found = math.nan
+    if not math.isfinite(found):
         raise ConfigError(
-            f"SLURM_JOB_END_TIME: found {text!r} in the environment, expected seconds since the "
-            "epoch; unset it if Slurm did not set it"
+            f"{name}: found {text!r} in the environment, expected seconds since the epoch; unset "
+            f"it if {setter} did not set it"
         )
-    return end
+    return found
 
 
 def device_type() -> Literal["cpu", "cuda"]:

@@ -36,7 +36,7 @@ from osft_mcore.log.lock import run_lock
 from osft_mcore.log.redact import redacted_text
 from osft_mcore.log.run_folder import REPORT, RunFolder
 from osft_mcore.parallel.launch import end_group
-from osft_mcore.parallel.world import job_id
+from osft_mcore.parallel.world import job_attempt, job_id
 from osft_mcore.train.live_report import AT_END_S, write_report
 from osft_mcore.train.live_report import PROGRAM as REPORT_PROGRAM
 from osft_mcore.train.resume import SUMMARY, read_json
@@ -110,7 +110,8 @@ def run_harness(
             f"the scores and the numbers of --lm-eval are in {folder.path / SUMMARY}; to score "
             "anew choose another output_dir"
         )
-    with _told_to_stop(), run_lock(folder.path, job_id=job_id()):
+    lock = run_lock(folder.path, job_id=job_id(), attempt=job_attempt())
+    with _told_to_stop(), lock:
         for item in work:
             _run_step(config, harness, item, folder, console, program)
         _tell(folder, console)

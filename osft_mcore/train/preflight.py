@@ -16,7 +16,7 @@ from osft_mcore.errors import ConfigError, OsftError, WeightError
 from osft_mcore.log.lock import lock_refusal
 from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.parallel.topology import topology_of
-from osft_mcore.parallel.world import device_type, job_id, launched_rank
+from osft_mcore.parallel.world import device_type, job_attempt, job_id, launched_rank
 from osft_mcore.train.earlier import batches_of, check_earlier, check_pass_left
 from osft_mcore.train.identity import REFERENCE
 from osft_mcore.train.inputs import (
@@ -141,8 +141,10 @@ def _check_output_dir(config: RunConfig) -> None:
         run.check_unused()
     run.check_is_folder()
     # Rank 0 takes the lock: only its host can know whether who left one there is gone.
-    if launched_rank() == 0 and (refusal := lock_refusal(folder, job_id=job_id())):
-        raise ConfigError(refusal)
+    if launched_rank() == 0:
+        refusal = lock_refusal(folder, job_id=job_id(), attempt=job_attempt())
+        if refusal:
+            raise ConfigError(refusal)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(

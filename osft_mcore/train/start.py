@@ -27,7 +27,7 @@ from osft_mcore.log.run_folder import RunFolder
 from osft_mcore.model.kernels import installed, kernel_lines, kernels_in_use
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.parallel.rng import set_rng_state
-from osft_mcore.parallel.world import job_id
+from osft_mcore.parallel.world import job_attempt, job_id
 from osft_mcore.train.checkpoints import Checkpoints
 from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.inputs import data_hashes
@@ -165,7 +165,8 @@ def open_folder(
                 if config.checkpoint.resume == "never":
                     folder.check_unused()
                 folder.create()
-                if note := stack.enter_context(run_lock(folder.path, job_id=job_id())):
+                lock = run_lock(folder.path, job_id=job_id(), attempt=job_attempt())
+                if note := stack.enter_context(lock):
                     console.say(note)
                 details = {} if keep else _make_way(config, folder, console, point, num_steps)
                 if trains(phase):

@@ -18,7 +18,7 @@ from osft_mcore.parallel import stop
 from osft_mcore.parallel.groups import ParallelContext, join_groups
 from osft_mcore.parallel.stop import StopSignals, agreed_stop
 from osft_mcore.parallel.topology import Topology
-from osft_mcore.parallel.world import end_with_parent
+from osft_mcore.parallel.world import PROGRAM_START, STARTED, end_with_parent
 
 GRACEFUL = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -98,10 +98,50 @@ def stopped_by_file(rank: int, folder: Path) -> list[str]:
 def test_a_file_stops_all_ranks_once_and_the_folder_says_so(tmp_path: Path) -> None:
     for stale in ("stop", "stopped"):
         (tmp_path / stale).write_text("of an earlier start")
+        os.utime(tmp_path / stale, (PROGRAM_START - 1, PROGRAM_START - 1))
     text = f"rank 0: {tmp_path / 'stop'} is there"
     assert run_ranks(stopped_by_file, 2, folder=tmp_path) == [["", "", text, text]] * 2
     assert [file.name for file in tmp_path.iterdir()] == ["stopped"]
     assert (tmp_path / "stopped").read_text() == "after step 4\n"
+
+
+def told_while_starting(rank: int, folder: Path) -> list[str]:
+    context = joined(2)
+    try:
+        with StopSignals(rank, folder) as signals:
+            told = [agreed_stop(signals.received, context)]
+            raise Stopped("before the first step")
+    except Stopped:
+        return told
+
+
+@pytest.mark.parametrize("ago", [0.0, 3000.0])
+def test_a_file_that_came_while_ranks_started_is_for_them(
+    tmp_path: Path, ago: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the job is older than its ranks, which torchrun may have started anew."""
+    (tmp_path / "stop").touch()
+    if ago:
+        at = PROGRAM_START - ago
+        os.utime(tmp_path / "stop", (at, at))
+        monkeypatch.setenv(STARTED, str(int(at)))
+    text = f"rank 0: {tmp_path / 'stop'} is there"
+    assert run_ranks(told_while_starting, 2, folder=tmp_path) == [[text]] * 2
+    assert [file.name for file in tmp_path.iterdir()] == ["stopped"]
+
+
+def breaking(rank: int, folder: Path) -> None:
+    try:
+        with StopSignals(rank, folder):
+            (folder / "stop").touch()
+            raise KeyError
+    except KeyError:
+        pass
+
+
+def test_a_wish_to_stop_outlives_ranks_that_break(tmp_path: Path) -> None:
+    run_ranks(breaking, 1, folder=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["stop"]
 
 
 def left_alone(rank: int, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -106,6 +107,27 @@ say("saved" if child.poll() is None else "lost its child")
 child.kill()
 sys.exit({Stopped.exit_code})
 """
+
+
+PLACE = """
+import os, sys
+from osft_mcore.parallel.launch import launch
+from osft_mcore.parallel.world import PROGRAM_START
+
+say = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['OSFT_STARTED'])"
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+print(PROGRAM_START, flush=True)
+sys.exit(launch([], num_processes=1, program=[sys.executable, "-c", say]))
+"""
+
+
+def test_ranks_share_the_cores_that_are_theirs_and_know_when_the_run_began() -> None:
+    """As in a job that has a part of the machine: here one core, of two or more."""
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", PLACE]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    began, place = done.stdout.splitlines()
+    assert place == f"1 {began}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

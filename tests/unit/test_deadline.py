@@ -2,9 +2,18 @@
 
 import pytest
 
+from osft_mcore.cli import main
 from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.stop import Deadline, deadline
-from osft_mcore.parallel.world import check_launch_environment, job_end, job_id
+from osft_mcore.parallel.world import (
+    PROGRAM_START,
+    check_launch_environment,
+    check_started_once,
+    job_attempt,
+    job_end,
+    job_id,
+    run_start,
+)
 
 NOW = 1_000_000.0
 
@@ -62,11 +71,54 @@ def test_what_slurm_announces() -> None:
     assert (job_id(empty), job_end(empty)) == (None, None)
 
 
-@pytest.mark.parametrize("text", ["soon", "2026-01-31T08:00:00", "nan", "inf"])
-def test_an_end_that_is_no_time_is_refused_before_a_rank_starts(
-    text: str, monkeypatch: pytest.MonkeyPatch
+def test_a_run_began_before_its_ranks_did() -> None:
+    assert run_start({}) == run_start({"OSFT_STARTED": ""}) == PROGRAM_START
+    assert run_start({"OSFT_STARTED": "1790000000"}) == min(1_790_000_000.0, PROGRAM_START)
+    assert run_start({"OSFT_STARTED": f"{PROGRAM_START - 60:.0f}"}) < PROGRAM_START
+    assert run_start({"OSFT_STARTED": f"{PROGRAM_START + 60:.0f}"}) == PROGRAM_START
+
+
+def test_which_start_of_the_job_this_is() -> None:
+    assert (job_attempt({}), job_attempt({"SLURM_RESTART_COUNT": "2"})) == ("", "2")
+
+
+@pytest.mark.parametrize(
+    ("environ", "refused"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, True),
+        # A batch script of a job with eight tasks.
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False),
+        # A torchrun a node.
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "RANK": "9"}, False),
+        ({}, False),
+    ],
+)
+def test_tasks_that_would_all_start_all_ranks_are_refused(
+    environ: dict[str, str], refused: bool
 ) -> None:
-    monkeypatch.setenv("SLURM_JOB_END_TIME", text)
-    for ask in (job_end, check_launch_environment):
-        with pytest.raises(ConfigError, match=rf"SLURM_JOB_END_TIME: found '{text}'"):
+    if not refused:
+        check_started_once(environ)
+        return
+    with pytest.raises(ConfigError, match=r"srun starts this program 8 times.*train\.sbatch"):
+        check_started_once(environ)
+
+
+def test_such_tasks_end_before_a_rank_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["train", "--dry-run", "experiment=arithmetic_osft"]) == ConfigError.exit_code
+    assert "SLURM_STEP_NUM_TASKS: found 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_END_TIME", "OSFT_STARTED"])
+@pytest.mark.parametrize("text", ["soon", "2026-01-31T08:00:00", "nan", "inf"])
+def test_what_is_no_time_is_refused_before_a_rank_starts(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, text)
+    for ask in (job_end if name == "SLURM_JOB_END_TIME" else run_start, check_launch_environment):
+        with pytest.raises(ConfigError, match=rf"{name}: found '{text}'"):
             ask()

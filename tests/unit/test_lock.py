@@ -49,18 +49,21 @@ def held(folder: Path, job_id: str = "") -> Iterator["subprocess.Popen[str]"]:
     process.communicate()
 
 
-def refusal_of(folder: Path, job_id: str | None = None) -> str:
+def refusal_of(folder: Path, job_id: str | None = None, attempt: str = "") -> str:
     """What both ways of asking say."""
-    asked = lock_refusal(folder, job_id=job_id)
-    with pytest.raises(ConfigError) as refused, run_lock(folder, job_id=job_id):
+    asked = lock_refusal(folder, job_id=job_id, attempt=attempt)
+    with (
+        pytest.raises(ConfigError) as refused,
+        run_lock(folder, job_id=job_id, attempt=attempt),
+    ):
         pass
     assert refused.value.problems == (asked,)
     return asked
 
 
-def note_of(folder: Path, job_id: str | None = None) -> str:
-    assert lock_refusal(folder, job_id=job_id) == ""
-    with run_lock(folder, job_id=job_id) as note:
+def note_of(folder: Path, job_id: str | None = None, attempt: str = "") -> str:
+    assert lock_refusal(folder, job_id=job_id, attempt=attempt) == ""
+    with run_lock(folder, job_id=job_id, attempt=attempt) as note:
         pass
     assert list(folder.iterdir()) == []
     return note
@@ -76,7 +79,9 @@ def test_the_file_says_whose_it_is_and_goes_with_the_run(tmp_path: Path) -> None
     with held(tmp_path, "4711") as holder:
         content = json.loads((tmp_path / "run.lock").read_text())
     assert content.pop("started").endswith("+00:00")
-    assert content == {"host": socket.gethostname(), "pid": holder.pid, "job_id": "4711"}
+    assert content == {
+        "host": socket.gethostname(), "pid": holder.pid, "job_id": "4711", "attempt": ""
+    }  # fmt: skip
     assert holder.returncode == 0
     assert list(tmp_path.iterdir()) == []
     assert note_of(tmp_path) == ""
@@ -119,15 +124,22 @@ def test_a_job_without_an_id_is_no_requeued_job(tmp_path: Path) -> None:
 
 def test_a_taken_over_lock_names_its_new_holder_alone(tmp_path: Path) -> None:
     write_lock(tmp_path, host="elsewhere" * 20)
-    with run_lock(tmp_path, job_id="7"):
+    with run_lock(tmp_path, job_id="7", attempt="1"):
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_requeued_job_goes_on_with_its_lock(tmp_path: Path) -> None:
-    write_lock(tmp_path)
-    note = note_of(tmp_path, "7")
-    assert note.startswith("took over the lock of process 123 on elsewhere (Slurm job 7, ")
-    assert note.endswith(": the same job, started again")
+    for before, now in (("", "1"), ("1", "2")):
+        write_lock(tmp_path, attempt=before)
+        note = note_of(tmp_path, "7", now)
+        assert note.startswith("took over the lock of process 123 on elsewhere (Slurm job 7, ")
+        assert note.endswith(": the same job, started again")
+
+
+@pytest.mark.parametrize("attempt", ["", "2"])
+def test_another_step_of_the_same_job_is_another_run(tmp_path: Path, attempt: str) -> None:
+    write_lock(tmp_path, attempt=attempt)
+    assert "is locked by process 123 on elsewhere" in refusal_of(tmp_path, "7", attempt)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"host": "elsewhere"}'])
@@ -170,9 +182,15 @@ def test_without_locks_of_the_file_system_the_content_decides(
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     monkeypatch.setattr(fcntl, "fcntl", no_locks)
     assert note_of(tmp_path) == ""
-    write_lock(tmp_path, host=socket.gethostname())
+    here, gone = socket.gethostname(), subprocess.Popen(["true"])
+    gone.wait()
+    write_lock(tmp_path, host=here, pid=gone.pid)
     assert "cannot see whether that still runs" in refusal_of(tmp_path, None)
+    # As a rank that torchrun started anew.
     assert "which ended without removing it" in note_of(tmp_path, "7")
+    write_lock(tmp_path, host=here, pid=os.getppid())
+    assert "cannot see whether that still runs" in refusal_of(tmp_path, "7")
+    assert "which ended without removing it" in note_of(tmp_path, "7", "1")
 
 
 RIVAL = """

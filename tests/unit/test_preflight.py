@@ -1,5 +1,6 @@
 """What is wrong with a start is told once, all of it, before anything is built."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,20 @@ def test_a_run_that_goes_on_is_told_once_of_a_reference_without_weights(config: 
     # The run goes on without these; whether it could is not known.
     lose_weights(config.model.path)
     assert lines_of(config) == [line]
+
+
+def test_a_run_of_the_same_job_on_another_host_keeps_its_folder(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = {"host": "elsewhere", "pid": 1, "job_id": "7", "started": "x", "attempt": ""}
+    Path(config.output_dir).mkdir()
+    (Path(config.output_dir) / "run.lock").write_text(json.dumps(holder))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    [line] = lines_of(config)
+    assert "is locked by process 1 on elsewhere (Slurm job 7" in line
+    # Slurm has ended that one before it queued the job again.
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert lines_of(config) == []
 
 
 def test_also_where_the_starting_model_is_the_reference(config: RunConfig) -> None:

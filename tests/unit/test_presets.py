@@ -101,7 +101,7 @@ def test_unknown_models_have_none_and_broken_files_are_named(tmp_path: Path) -> 
 def test_every_paper_preset_has_an_example_and_no_example_another_preset() -> None:
     examples = Path(__file__).resolve().parents[2] / "examples"
     texts = [path.read_text(encoding="utf-8") for path in examples.rglob("*.*") if path.is_file()]
-    named = {name for text in texts for name in re.findall(r"experiment=([\w.]+)", text)}
+    named = {name for text in texts for name in re.findall(r"experiment=([\w.]+)(?![\w.$])", text)}
     presets = {path.stem for path in PRESETS}
     assert named <= presets
     assert {name for name in presets if not name.startswith("arithmetic")} <= named

@@ -1,15 +1,20 @@
 """The job scripts of examples/, with a fake Slurm on the path."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SLURM = EXAMPLES / "slurm"
+BATCH = ("train.sbatch", "evaluate_sweep.sbatch", "convert.sbatch")
+CONTAINER_LINES = re.compile(r"^# (container=\(.*\n)#(   .*\)\n)", re.MULTILINE)
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *SLURM.glob("*.sbatch")])
 
 SCONTROL = """#!/usr/bin/env bash
@@ -17,8 +22,9 @@ if [[ $1 == show ]]; then tr ',' '\\n' <<<"$3"; else echo "scontrol $*" >> "$FAK
 """
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$FAKE/arguments"
+env > "$FAKE/environment"
 if [[ $SRUN_DOES == told ]]; then
-  kill -USR1 "$PPID"
+  kill "-${SIGNAL:-USR1}" "$PPID"
   until [[ -e $RUN/stop ]]; do sleep 0.01; done
   mv "$RUN/stop" "$RUN/stopped"
   exit "${SRUN_CODE:-0}"
@@ -37,11 +43,18 @@ class Slurm:
             (folder / name).chmod(0o755)
 
     def submit(
-        self, script: str, *arguments: str, nodes: int = 1, srun: str = "0", **env: str
+        self,
+        script: str,
+        *arguments: str,
+        nodes: int = 1,
+        srun: str = "0",
+        in_container: bool = False,
+        **env: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run the script as Slurm would on its first node, from a copy in another folder."""
         copy = self.folder / "slurm_script"
-        shutil.copy(SLURM / script, copy)
+        text = (SLURM / script).read_text()
+        copy.write_text(CONTAINER_LINES.sub(r"\1\2", text) if in_container else text)
         return subprocess.run(
             ["bash", copy, *arguments],
             cwd=self.folder,
@@ -69,6 +82,12 @@ class Slurm:
         return " ".join((self.folder / "arguments").read_text().splitlines())
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Of srun."""
+        lines = (self.folder / "environment").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+    @property
     def said(self) -> str:
         """What scontrol was asked to do."""
         file = self.folder / "said"
@@ -88,7 +107,8 @@ def test_one_torchrun_a_node_meets_at_the_first(slurm: Slurm, nodes: int) -> Non
     assert done.returncode == 0, done.stderr
     assert "--kill-on-bad-exit=1" in slurm.command
     assert (
-        f"-m torch.distributed.run --nnodes {nodes} --nproc-per-node 8 --max-restarts 3 "
+        "-m torch.distributed.run --signals-to-handle SIGINT,SIGHUP,SIGQUIT "
+        f"--nnodes {nodes} --nproc-per-node 8 --max-restarts 3 "
         "--rdzv-backend c10d --rdzv-id 4242.0 --rdzv-endpoint node1:24242 -m osft_mcore.cli train "
         f"output_dir={slurm.run} experiment=arithmetic_osft data.prompt_suffix=two words"
     ) in slurm.command
@@ -113,15 +133,120 @@ def test_a_signal_becomes_the_stop_file_and_the_answer_to_it_a_requeue(slurm: Sl
     assert "--rdzv-id 4242.3" in slurm.command
 
 
+WORKER = """
+import os, signal, sys, time
+
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+print("ready", os.getppid(), flush=True)
+while not heard:
+    time.sleep(0.01)
+time.sleep(1.5)
+print("saved", flush=True)
+"""
+
+
+def test_a_preempted_task_has_the_time_to_save(slurm: Slurm, tmp_path: Path) -> None:
+    """What Slurm does then: SIGTERM to all processes of the step. torchrun would end its ranks, and
+    fail."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    slurm.submit("train.sbatch", str(slurm.run), OSFT_PYTHON=sys.executable, SLURM_GPUS_ON_NODE="1")
+    given = (slurm.folder / "arguments").read_text().splitlines()
+    command = given[given.index("bash") : given.index("-m", given.index("--nnodes"))]
+    command[command.index("--rdzv-endpoint") + 1] = "localhost:0"
+    process = subprocess.Popen(
+        [*command, str(worker)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None, "stdout was asked to be a pipe"
+    assert process.stdout.readline() == f"ready {process.pid}\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for rank in ranks:
+        os.kill(int(rank), signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "saved\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "evaluate_sweep.sbatch"])
+def test_a_job_that_slurm_ends_saves_but_does_not_queue_itself_again(
+    slurm: Slurm, script: str
+) -> None:
+    """It may have been cancelled; of a preempted one Slurm knows by itself."""
+    job = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "99", "SRUN_CODE": "85"}
+    folder = slurm.run if script == "train.sbatch" else slurm.run / "temperature_0.3"
+    done = slurm.submit(script, str(slurm.run), srun="told", SIGNAL="TERM", RUN=str(folder), **job)
+    assert done.returncode == 85, done.stderr
+    assert slurm.said == ""
+    assert (folder / "stopped").exists()
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "evaluate_sweep.sbatch"])
+def test_ranks_know_since_when_a_wish_to_stop_is_theirs(slurm: Slurm, script: str) -> None:
+    before = int(time.time())
+    slurm.submit(script, str(slurm.run), SLURM_ARRAY_TASK_ID="0")
+    assert before <= int(slurm.environment["OSFT_STARTED"]) <= time.time()
+
+
+def test_what_an_earlier_attempt_left_is_no_answer(slurm: Slurm) -> None:
+    slurm.run.mkdir()
+    (slurm.run / "stopped").touch()
+    assert slurm.submit("train.sbatch", str(slurm.run)).returncode == 0
+    assert slurm.said == ""
+
+
+def test_a_job_that_cannot_be_queued_again_says_so(slurm: Slurm) -> None:
+    (slurm.folder / "scontrol").write_text(SCONTROL + "[[ $1 == show ]]\n")
+    done = slurm.submit("train.sbatch", str(slurm.run), srun="85")
+    assert done.returncode == 85
+    assert "submit it again" in done.stderr
+
+
+@pytest.mark.parametrize("script", BATCH)
+@pytest.mark.parametrize("cores", ["64", ""])
+def test_the_step_gets_the_cores_of_the_job(slurm: Slurm, script: str, cores: str) -> None:
+    job = {"SLURM_ARRAY_TASK_ID": "0", "OSFT_REPOSITORY": "/repo"}
+    if cores:
+        job["SLURM_CPUS_PER_TASK"] = cores
+    slurm.submit(script, str(slurm.run), "experiment=arithmetic_osft", **job)
+    assert slurm.environment.get("SRUN_CPUS_PER_TASK", "") == cores
+
+
+@pytest.mark.parametrize("script", BATCH)
+def test_the_lines_for_a_container_hold(slurm: Slurm, script: str) -> None:
+    job = {"SLURM_ARRAY_TASK_ID": "0", "OSFT_REPOSITORY": "/repo", "OSFT_PYTHON": "python"}
+    slurm.submit(script, str(slurm.run), "/b", in_container=True, **job)
+    options, program = slurm.command.split(" bash " if script == "train.sbatch" else " python ", 1)
+    assert "--container-image=osft.sqsh" in options
+    mounts = options.split("--container-mounts=")[1].split(",")
+    # Models and data are looked for where the job was submitted.
+    assert f"{slurm.folder}:{slurm.folder}" in mounts
+    assert f"--container-workdir={slurm.folder}" in options
+    if script != "convert.sbatch":
+        assert f"{slurm.run}:{slurm.run}" in mounts
+    assert "--container" not in program
+
+
+@pytest.mark.parametrize("script", BATCH)
+def test_an_empty_array_is_nothing_to_an_old_bash(script: str) -> None:
+    # Before 4.4, "${empty[@]}" with `set -u` ends the script; none so old is at hand.
+    text = (SLURM / script).read_text()
+    guarded = '${container[@]+"${container[@]}"}'
+    assert guarded in text
+    assert '"${container[@]}"' not in text.replace(guarded, "")
+
+
 def test_a_crash_after_the_signal_is_no_requeue(slurm: Slurm) -> None:
     done = slurm.submit("train.sbatch", str(slurm.run), srun="told", SRUN_CODE="1")
     assert done.returncode == 1
     assert slurm.said == ""
 
 
-def test_a_job_is_not_queued_again_for_ever(slurm: Slurm) -> None:
-    limits = {"SLURM_RESTART_COUNT": "2", "OSFT_MAX_REQUEUES": "2"}
-    done = slurm.submit("train.sbatch", str(slurm.run), srun="85", **limits)
+@pytest.mark.parametrize("script", ["train.sbatch", "evaluate_sweep.sbatch"])
+def test_a_job_is_not_queued_again_for_ever(slurm: Slurm, script: str) -> None:
+    limits = {"SLURM_RESTART_COUNT": "2", "OSFT_MAX_REQUEUES": "2", "SLURM_ARRAY_TASK_ID": "0"}
+    done = slurm.submit(script, str(slurm.run), srun="85", **limits)
     assert done.returncode == 85
     assert slurm.said == ""
     assert "OSFT_MAX_REQUEUES" in done.stderr
@@ -151,6 +276,9 @@ def test_a_job_of_the_array_scores_at_its_temperature(slurm: Slurm, index: str, 
     assert slurm.said == ""
     assert slurm.submit("evaluate_sweep.sbatch", str(slurm.run), srun="85", **job).returncode == 85
     assert slurm.said == f"scontrol requeue 99_{index}\n"
+    # Preempted while it started.
+    slurm.submit("evaluate_sweep.sbatch", str(slurm.run), srun="143", **job)
+    assert slurm.said == f"scontrol requeue 99_{index}\n" * 2
 
 
 def test_the_conversion_names_the_checkpoint_and_verifies_it(slurm: Slurm) -> None:
