@@ -220,8 +220,8 @@ PLANTED = {
 def test_secrets_of_the_environment() -> None:
     others = {
         "PATH": "/usr/bin", "SSH_AUTH_SOCK": "/run/agent.1", "SHORT_TOKEN": "1234567",
-        "TOKENIZERS_PARALLELISM": "false---", "A_KEY": "two words", "PWD": "/home/somebody",
-        "HF_TOKEN_PATH": "/home/somebody/token", "GIT_ASKPASS": "/usr/bin/askpass",
+        "TOKENIZERS_PARALLELISM": "false---", "A_KEY": "two words", "PWD": "/a/folder",
+        "HF_TOKEN_PATH": "/a/folder/token", "GIT_ASKPASS": "/usr/bin/askpass",
         "SSH_ASKPASS": "/usr/bin/askpass", "BYPASS": "localhost", "MONKEY": "longtailed",
     }  # fmt: skip
     assert environment_secrets(PLANTED | others) == tuple(PLANTED.values())
