@@ -55,6 +55,8 @@ class Examined:
     num_ranks: int = 0
     """To ping with, where no launcher has started them."""
     versions: Mapping[str, str] | None = None
+    folder: Path | None = None
+    """That all hosts have to share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,11 +148,12 @@ def _ping(doctor: Doctor, found: Examined) -> Ended:
         versions=found.versions,
     )
     try:
-        pinged = ping_ranks(Meeting(), asdict(mine))
+        pinged = ping_ranks(Meeting(), asdict(mine), found.folder)
     except OsftError as error:
         return Ended(errors=(error,), exit_code=error.exit_code)
     _say(pinged.section)
-    return Ended(errors=(), exit_code=pinged.exit_code)
+    apart = (ConfigError(pinged.apart),) if pinged.apart else ()
+    return Ended(errors=apart, exit_code=pinged.exit_code)
 
 
 def _examine(doctor: Doctor) -> Examined:
@@ -195,6 +198,7 @@ def _examine(doctor: Doctor) -> Examined:
         can_speak=not any(s.problems for s in sections if s.title in SPEECH),
         num_ranks=examine.ranks_here(asked, devices),
         versions=told,
+        folder=examine.shared_folder(asked),
     )
 
 

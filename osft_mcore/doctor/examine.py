@@ -13,6 +13,7 @@ from osft_mcore.config.check_async import Host
 from osft_mcore.config.dimensions import known_shape
 from osft_mcore.config.load import load_config
 from osft_mcore.config.model_shape import ModelShape, read_model_shape
+from osft_mcore.config.phases import trains
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.doctor import run, verdict
 from osft_mcore.doctor.facts import (
@@ -100,6 +101,13 @@ def ranks_here(asked: Asked, devices: TorchDevices) -> int:
     return min(asked.config.parallel.world_size, places)
 
 
+def shared_folder(asked: Asked) -> Path | None:
+    """Where ranks of all hosts write; None: only rank 0 does."""
+    if asked.config is None or not trains(asked.phase):
+        return None
+    return Path(asked.config.output_dir)
+
+
 def look(asked: Asked, variables: Mapping[str, str]) -> Machine:
     """This machine, and the disk of the run."""
     output_dir = Path() if asked.config is None else Path(asked.config.output_dir)
@@ -111,11 +119,11 @@ def host_sections(
 ) -> Iterator[Section]:
     """Everything but versions, and what needs a second process."""
     num_ranks = ranks_here(asked, devices)
-    num_hosts = (launched_world_size() or num_ranks) // num_ranks
+    world_size = launched_world_size() or num_ranks
     yield kernel_section()
-    yield verdict.device_section(found, devices, num_ranks=num_ranks)
+    yield verdict.device_section(found, devices, num_ranks=num_ranks, world_size=world_size)
     yield verdict.network_section(
-        found, variables, num_hosts=num_hosts, uses_nccl=devices.num_gpus > 0
+        found, variables, num_hosts=world_size // num_ranks, uses_nccl=devices.num_gpus > 0
     )
     yield verdict.port_section(found)
     yield verdict.space_section(found.spaces)
@@ -165,7 +173,10 @@ def _of_run(
         yield from run.disk_findings(config, asked.phase, asked.shape)
         yield from run.shm_findings(config, asked.phase, asked.shape, shm)
         if devices.num_gpus:
-            yield from run.gpu_findings(config, asked.phase, asked.shape, found)
+            num_ranks = ranks_here(asked, devices)
+            yield from run.gpu_findings(
+                config, asked.phase, asked.shape, found, num_ranks=num_ranks
+            )
     except ConfigError:
         # Of a layout that cannot be: among the errors of the options.
         return

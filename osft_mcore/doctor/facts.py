@@ -45,7 +45,7 @@ class GpuFound:
 
     name: str
     memory: int
-    """In bytes."""
+    """In bytes; 0: the driver does not tell, and `free` neither."""
     free: int
     driver: str
     numa_node: int | None
@@ -85,7 +85,6 @@ class Port:
     """Its number, as it was given."""
     trouble: str
     """Why nothing can listen there; empty if it can."""
-    needed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +97,13 @@ class Machine:
     numa: tuple[NumaNode, ...]
     memory: int
     memory_available: int
+    """What the limit leaves, if that is less."""
     memory_limit: int | None
-    """Of the container; None: none."""
+    """Of the container or the job; None: none."""
+    open_files: float
+    """That a process may have, as `ulimit -n`; math.inf: any number."""
+    locked_memory: float
+    """That a process may pin, as `ulimit -l`, in bytes."""
     shm: Space | None
     """/dev/shm; None: there is none."""
     gpus: tuple[GpuFound, ...]

@@ -1,11 +1,13 @@
 """Looks at this machine: reads files of the kernel and asks the driver; changes nothing."""
 
 import csv
+import math
 import os
+import resource
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -16,12 +18,14 @@ from osft_mcore.doctor.network import fabric, host_address, interfaces, ports
 SHM: Final = Path("/dev/shm")
 DRIVER_S: Final = 30.0
 """A driver that hangs is one of the things to find out."""
-_QUERY: Final = "name,memory.total,memory.free,driver_version,pci.bus_id"
+_QUERY: Final = "index,uuid,name,memory.total,memory.free,driver_version,pci.bus_id"
 
 
 def machine(variables: Mapping[str, str], *, output_dir: Path, launched: bool) -> Machine:
     """This host, and where a run would put files; `launched`: its ranks have been started."""
     memory = _meminfo(Path("/proc/meminfo"))
+    available = memory.get("MemAvailable", 0)
+    limit, left = memory_limit()
     tmp = Path(variables.get("TMPDIR") or "/tmp")
     return Machine(
         host=socket.gethostname(),
@@ -29,10 +33,12 @@ def machine(variables: Mapping[str, str], *, output_dir: Path, launched: bool) -
         num_cores=os.cpu_count() or 1,
         numa=numa_nodes(),
         memory=memory.get("MemTotal", 0),
-        memory_available=memory.get("MemAvailable", 0),
-        memory_limit=_memory_limit(),
+        memory_available=available if left is None else min(available, left),
+        memory_limit=limit,
+        open_files=_ulimit(resource.RLIMIT_NOFILE),
+        locked_memory=_ulimit(resource.RLIMIT_MEMLOCK),
         shm=space("/dev/shm", SHM) if SHM.is_dir() else None,
-        gpus=_gpus(),
+        gpus=_gpus(variables.get("CUDA_VISIBLE_DEVICES")),
         interfaces=interfaces(),
         fabric=fabric(),
         own_address=host_address(socket.gethostname()),
@@ -49,8 +55,8 @@ def machine(variables: Mapping[str, str], *, output_dir: Path, launched: bool) -
 def space(what: str, path: Path, *, needed: bool = True) -> Space:
     """Of the file system that `path` is on, or will be."""
     try:
-        existing = next(at for at in (path, *path.absolute().parents) if at.exists())
-        found = os.statvfs(existing)
+        at = existing(path)
+        found = os.statvfs(at)
     except OSError:
         return Space(what=what, path=str(path), free=-1, needed=needed)
     return Space(
@@ -59,9 +65,14 @@ def space(what: str, path: Path, *, needed: bool = True) -> Space:
         free=found.f_bavail * found.f_frsize,
         # Some file systems make up names as they go, and count none.
         has_names=found.f_files == 0 or found.f_favail > 0,
-        writable=os.access(existing, os.W_OK),
+        writable=os.access(at, os.W_OK),
         needed=needed,
     )
+
+
+def existing(path: Path) -> Path:
+    """Itself, or the nearest folder above that is there."""
+    return next(at for at in (path, *path.absolute().parents) if at.exists())
 
 
 def numa_nodes(folder: Path = Path("/sys/devices/system/node")) -> tuple[NumaNode, ...]:
@@ -89,22 +100,40 @@ def parse_cores(text: str) -> frozenset[int]:
     return frozenset(cores)
 
 
-def parse_gpus(text: str, numa_node: Mapping[str, int]) -> tuple[GpuFound, ...]:
-    """What nvidia-smi says, by bus id; a size that it does not know is 0."""
-    return tuple(
-        GpuFound(
-            name=row[0].strip(),
-            memory=_number(row[1]) * MIB,
-            free=_number(row[2]) * MIB,
-            driver=row[3].strip(),
-            numa_node=numa_node.get(row[4].strip()),
-        )
-        for row in csv.reader(text.splitlines())
-        if len(row) == len(_QUERY.split(","))
+def parse_gpus(
+    text: str, numa_node: Mapping[str, int], visible: str | None
+) -> tuple[GpuFound, ...]:
+    """What nvidia-smi says of the GPUs in `visible`, CUDA_VISIBLE_DEVICES; None: of all.
+
+    Of all, too, if none is what that names: a slip. Of none where it is empty, or names parts of
+    GPUs (MIG), whose sizes nvidia-smi does not tell.
+    """
+    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines())]
+    rows = [row for row in rows if len(row) == len(_QUERY.split(","))]
+    names = [] if visible is None else [name.strip() for name in visible.split(",")]
+    if all(name in ("", "-1") or name.startswith("MIG-") for name in names):
+        named = rows if visible is None else []
+    else:
+        named = [
+            row for row in rows if any(n and (n == row[0] or row[1].startswith(n)) for n in names)
+        ]
+        named = named or rows
+    return tuple(_gpu(row, numa_node) for row in named)
+
+
+def _gpu(row: Sequence[str], numa_node: Mapping[str, int]) -> GpuFound:
+    _, _, name, memory, free, driver, bus = row
+    known = memory.isdecimal() and free.isdecimal()
+    return GpuFound(
+        name=name,
+        memory=int(memory) * MIB if known else 0,
+        free=int(free) * MIB if known else 0,
+        driver=driver,
+        numa_node=numa_node.get(bus),
     )
 
 
-def _gpus() -> tuple[GpuFound, ...]:
+def _gpus(visible: str | None) -> tuple[GpuFound, ...]:
     """Of the driver, which torch may not be able to use; none where it does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -120,7 +149,8 @@ def _gpus() -> tuple[GpuFound, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     buses = [line.rsplit(",", 1)[-1].strip() for line in answer.splitlines()]
-    return parse_gpus(answer, {bus: node for bus in buses if (node := _numa_of(bus)) is not None})
+    numa_node = {bus: node for bus in buses if (node := _numa_of(bus)) is not None}
+    return parse_gpus(answer, numa_node, visible)
 
 
 def _numa_of(bus: str) -> int | None:
@@ -134,10 +164,6 @@ def _numa_of(bus: str) -> int | None:
     return None
 
 
-def _number(text: str) -> int:
-    return int(text) if text.strip().isdecimal() else 0
-
-
 def _meminfo(file: Path) -> dict[str, int]:
     """Bytes by name; of a NUMA node's file, too, whose lines begin with the node."""
     sizes = {}
@@ -149,13 +175,41 @@ def _meminfo(file: Path) -> dict[str, int]:
     return sizes
 
 
-def _memory_limit() -> int | None:
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError):
-            text = Path(file).read_text().strip()
+def memory_limit(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> tuple[int | None, int | None]:
+    """The tightest limit on this process's memory, and what is left of it; None: there is none.
+
+    A container's own group is the root of what it sees; a Slurm job's is below it.
+    """
+    groups = {root, root / "memory"}
+    with suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if "memory" in kinds.split(",") or not kinds:
+                top = root / "memory" if kinds else root
+                own = top / path.lstrip("/")
+                groups |= {at for at in (own, *own.parents) if at.is_relative_to(top)}
+    limits = [limit for group in groups for limit in _limits_of(group)]
+    return min(limits, key=lambda pair: pair[1], default=(None, None))
+
+
+def _limits_of(group: Path) -> Iterator[tuple[int, int]]:
+    names = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    for most, used in names:
+        with suppress(OSError, ValueError):
+            limit = int((group / most).read_text())
             # Without a limit the older file has a number that no machine reaches.
-            return int(text) if text.isdecimal() and int(text) < 2**60 else None
-    return None
+            if limit < 2**60:
+                # The kernel gives up copies of files first.
+                stat = dict(line.split() for line in (group / "memory.stat").open())
+                cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+                yield limit, max(0, limit - int((group / used).read_text()) + cached)
+
+
+def _ulimit(kind: int) -> float:
+    soft, _ = resource.getrlimit(kind)
+    return math.inf if soft == resource.RLIM_INFINITY else soft
 
 
 def _hub_cache(variables: Mapping[str, str]) -> Path:

@@ -55,18 +55,18 @@ def host_address(name: str) -> str:
 
 def ports(variables: Mapping[str, str], *, launched: bool) -> tuple[Port, ...]:
     """Those that ranks meet at. Of ranks that run MASTER_PORT is in use, as it should be."""
-    found = [_port("any port", "0", needed=True)]
+    found = [_port("any port", "0")]
     named = variables.get("MASTER_PORT", "")
     if launched:
         return tuple(found)
     if named:
-        found.append(_port("MASTER_PORT", named, needed=True))
+        found.append(_port("MASTER_PORT", named))
     if named != TORCHRUN_PORT:
-        found.append(_port("torchrun's usual port", TORCHRUN_PORT, needed=False))
+        found.append(_port("torchrun's usual port", TORCHRUN_PORT))
     return tuple(found)
 
 
-def _port(what: str, text: str, *, needed: bool) -> Port:
+def _port(what: str, text: str) -> Port:
     trouble = ""
     if not text.isdecimal() or int(text) >= 2**16:
         trouble = "expected a number from 1 to 65535"
@@ -75,7 +75,7 @@ def _port(what: str, text: str, *, needed: bool) -> Port:
             socket.create_server((LOOPBACK, int(text))).close()
         except OSError as error:
             trouble = os.strerror(error.errno or errno.EIO)
-    return Port(what=what, text=text, trouble=trouble, needed=needed)
+    return Port(what=what, text=text, trouble=trouble)
 
 
 def _address_v4(asked: socket.socket, name: str) -> Iterator[str]:

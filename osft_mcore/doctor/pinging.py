@@ -1,18 +1,28 @@
 """The ping between ranks: who takes part, over which backends, and what is said of it."""
 
+import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from osft_mcore.doctor.facts import Finding, Section, fact, note, problem
+from osft_mcore.doctor.gather import existing
+from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.ping import Backend, Meeting, Ping
 from osft_mcore.parallel.world import local_world_size
 
 SLOW_NETWORK: Final = 1e9
 """Bytes a second between hosts; a push of the weights goes that way."""
+_APART: Final = (
+    "output_dir: {} is not the folder that rank 0 has under that name; all hosts have to share it: "
+    "name a folder on a shared file system, or mount it here"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +45,9 @@ class Pinged:
 
     section: Section
     exit_code: int
-    """Of the first rank whose host has a problem, or whose ping failed; 0: none."""
+    """Of the first rank whose host has a problem; 0: none."""
+    apart: str
+    """Why this rank's run folder is not that of rank 0; empty if it is."""
 
 
 def word(
@@ -53,17 +65,56 @@ def word(
     )
 
 
-def ping_ranks(meeting: Meeting, mine: Mapping[str, Any]) -> Pinged:
+def ping_ranks(meeting: Meeting, mine: Mapping[str, Any], folder: Path | None) -> Pinged:
     """Everybody's word, then each backend that all have. Every rank of the meeting must call.
 
-    `mine`: a Word as plain values. Raises ConfigError or DeadlinePassed on the ranks that notice.
+    `mine`: a Word as plain values; `folder`: that all hosts have to share, None: not looked at.
+    Raises ConfigError or DeadlinePassed on the ranks that notice.
     """
     words = [Word(**said) for said in meeting.gather("word", mine)]
     backends: list[Backend] = meeting.tell("backends", lambda: backends_for(words))
     pings = [meeting.ping(backend) for backend in backends]
-    code: int = meeting.tell("code", lambda: next((w.exit_code for w in words if w.exit_code), 0))
+    apart, told = _apart(meeting, words, folder)
+    codes = [said.exit_code for said in words] + [ConfigError.exit_code * any(told)]
+    code: int = meeting.tell("code", lambda: next(filter(None, codes), 0))
     meeting.leave()
-    return Pinged(section=ping_section(words, pings), exit_code=code)
+    words = [
+        replace(said, problems=(*said.problems, *filter(None, [text])))
+        for said, text in zip(words, told or [""] * len(words), strict=True)
+    ]
+    return Pinged(section=ping_section(words, pings), exit_code=code, apart=apart)
+
+
+def _apart(meeting: Meeting, words: Sequence[Word], folder: Path | None) -> tuple[str, list[str]]:
+    """Why this rank's folder is not rank 0's, and on rank 0 everybody's answer to that.
+
+    Rank 0 puts an empty file there, which the first rank of every other host has to see.
+    """
+    mark: Path | None = None
+
+    def make() -> str:
+        nonlocal mark
+        if folder is not None and sum(said.versions is not None for said in words) > 1:
+            # Where nothing can be written, that has been said.
+            with suppress(OSError):
+                handle, name = tempfile.mkstemp(prefix=".osft-doctor-", dir=existing(folder))
+                os.close(handle)
+                mark = Path(name)
+        return "" if mark is None else mark.name
+
+    name: str = meeting.tell("mark", make)
+    if not name:
+        return "", []
+    try:
+        seen = folder is None
+        if folder is not None:
+            with suppress(OSError):
+                seen = (existing(folder) / name).exists()
+        apart = "" if seen else _APART.format(folder)
+        return apart, meeting.gather("apart", apart)
+    finally:
+        if mark is not None:
+            mark.unlink(missing_ok=True)
 
 
 def backends_for(words: Sequence[Word]) -> list[Backend]:

@@ -50,7 +50,7 @@ def rank_findings(config: RunConfig, phase: Phase, start: Start) -> Iterator[Fin
             f"parallel: {here} ranks on a host with {start.num_gpus} GPUs, and each needs its own; "
             f"lower parallel.tp, cp, pp or dp, or start osft with torchrun on {hosts} hosts"
         )
-    elif not start.num_gpus and here > start.num_cores:
+    if here > start.num_cores:
         yield note(f"{here} ranks on {start.num_cores} cores: they take turns")
 
 
@@ -96,14 +96,18 @@ def shm_findings(
 
 
 def gpu_findings(
-    config: RunConfig, phase: Phase, shape: ModelShape, found: Machine
+    config: RunConfig, phase: Phase, shape: ModelShape, found: Machine, *, num_ranks: int
 ) -> Iterator[Finding]:
-    """Whether GPU memory is enough: surely not, or by the estimate of a plan. Pure."""
-    if not found.gpus or not (trains(phase) or samples(phase)):
+    """Whether memory is enough: surely not, or by the estimate of a plan. Pure.
+
+    `num_ranks` are on this host.
+    """
+    gpus = [gpu for gpu in found.gpus if gpu.memory]
+    if not gpus or not (trains(phase) or samples(phase)):
         return
-    smallest = min(found.gpus, key=lambda gpu: gpu.memory)
+    smallest = min(gpus, key=lambda gpu: gpu.memory)
     share = config.rollout.gpu_memory_utilization * smallest.memory
-    least_free = min(gpu.free for gpu in found.gpus)
+    least_free = min(gpu.free for gpu in gpus)
     if samples(phase) and least_free < share:
         yield problem(
             f"rollout.gpu_memory_utilization: {config.rollout.gpu_memory_utilization:g} of "
@@ -123,6 +127,12 @@ def gpu_findings(
         )
     else:
         yield from (note(f"by that estimate it does not fit: {text}") for text in plan.problems)
+    if (host := num_ranks * plan.host) > found.memory_available:
+        yield note(
+            f"copies in host memory (a save, train.offload, a reference) take up to {gib(host)} of "
+            f"the {num_ranks} ranks here, but {gib(found.memory_available)} are available; "
+            "the kernel may end them"
+        )
 
 
 def gpu_of(name: str, memory: int) -> Gpu:

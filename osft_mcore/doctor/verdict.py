@@ -1,5 +1,6 @@
 """What a machine's facts mean for training; pure."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
@@ -28,6 +29,9 @@ SHM_USUAL: Final = GIB
 LEAST_FREE: Final = 64 * MIB
 """A disk with less is full: logs, metrics and compiled code have to go somewhere."""
 LEAST_MEMORY: Final = 2 * GIB
+FILES: Final = 256
+FILES_PER_RANK: Final = 16
+"""Open files of a rank: libraries and weights, and sockets to all ranks, in several groups."""
 SHOWN_VARIABLES: Final = (
     "CUDA_", "CUBLAS_", "GLOO_", "HF_", "HUGGING_FACE_", "KMP_", "MASTER_", "MKL_", "NCCL_",
     "NVTE_", "NVIDIA_", "OMP_", "OSFT_", "PYTORCH_", "SLURM_JOB_", "TORCH", "TRANSFORMERS_",
@@ -39,13 +43,16 @@ UNTOLD: Final = "TORCHELASTIC_"
 OF_RANKS: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
-def device_section(found: Machine, torch: TorchDevices, *, num_ranks: int) -> Section:
-    """Cores, memory and GPUs; `num_ranks` of a run on this host."""
+def device_section(
+    found: Machine, torch: TorchDevices, *, num_ranks: int, world_size: int
+) -> Section:
+    """Cores, memory and GPUs; `num_ranks` of a run are on this host."""
     return Section(
         title="devices",
         findings=(
             *_cores(found),
             *_memory(found, num_ranks),
+            *_limits(found, world_size),
             *_gpus(found, torch),
         ),
     )
@@ -70,7 +77,7 @@ def _cores(found: Machine) -> Iterator[Finding]:
 def _memory(found: Machine, num_ranks: int) -> Iterator[Finding]:
     text = f"memory: {gib(found.memory_available)} of {gib(found.memory)} available"
     if found.memory_limit is not None:
-        text += f"; the container may use {gib(found.memory_limit)}"
+        text += f"; the container or job may use {gib(found.memory_limit)}"
     yield fact(text)
     if 0 < found.memory_available < LEAST_MEMORY:
         yield problem(
@@ -91,13 +98,24 @@ def _memory(found: Machine, num_ranks: int) -> Iterator[Finding]:
             yield note("/dev/shm is small; containers usually get 8 GiB (--shm-size=8g)")
 
 
+def _limits(found: Machine, world_size: int) -> Iterator[Finding]:
+    needed = FILES + FILES_PER_RANK * world_size
+    if found.open_files < needed:
+        yield note(
+            f"ulimit -n: {found.open_files:g} open files, and a rank of {world_size} may need "
+            f"{needed}; raise it"
+        )
+    if found.fabric and found.locked_memory != math.inf:
+        yield note(
+            f"ulimit -l: {gib(found.locked_memory)} can be pinned; InfiniBand needs it unlimited"
+        )
+
+
 def _gpus(found: Machine, torch: TorchDevices) -> Iterator[Finding]:
     for gpu in found.gpus:
         place = "" if gpu.numa_node is None else f", NUMA node {gpu.numa_node}"
-        yield fact(
-            f"GPU: {gpu.name}, {gib(gpu.free)} of {gib(gpu.memory)} free, driver "
-            f"{gpu.driver}{place}"
-        )
+        size = f"{gib(gpu.free)} of {gib(gpu.memory)} free" if gpu.memory else "memory not told"
+        yield fact(f"GPU: {gpu.name}, {size}, driver {gpu.driver}{place}")
         if gpu.free < 0.9 * gpu.memory:
             yield note(f"{gib(gpu.memory - gpu.free)} of this GPU are in use by somebody else")
     nodes = {gpu.numa_node for gpu in found.gpus if gpu.numa_node is not None}
@@ -188,8 +206,6 @@ def _port(found: Port) -> Finding:
     name = f"{found.what} {found.text} on 127.0.0.1"
     if not found.trouble:
         return fact(f"{name}: free")
-    if found.needed:
-        return problem(f"{name}: {found.trouble}; set MASTER_PORT to a free port, or unset it")
     return note(
         f"{name}: {found.trouble}; name another one to torchrun (--rdzv-endpoint); osft without a "
         "launcher takes any that is free"

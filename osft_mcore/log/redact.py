@@ -64,6 +64,13 @@ _NO_SECRET: Final = (
 )
 _SHORTEST: Final = 8
 """A shorter value of a variable is a word, a number or a switch."""
+_SURE_NAME: Final = re.compile(
+    r"(?i)pass(?:word|wd|phrase)|(?<!ask)(?<!by)(?<!com)pass$|secret|token(?!iz)"
+    r"|(?:api|access|private)_?key"
+)
+"""In a variable's name, also within a word: PGPASSWORD, HFTOKEN. Whatever its value looks like."""
+_OF_A_PLACE: Final = re.compile(r"(?i)(?:file|path|dir|sock)$")
+_PLACE_OR_TEXT: Final = re.compile(r"^[/~.]|\s")
 
 
 def redacted(value: Any, name: str = "") -> Any:
@@ -96,10 +103,9 @@ def environment_secrets(variables: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(
         value
         for name, value in variables.items()
-        if is_secret(name)
-        and len(value) >= _SHORTEST
-        and not value.startswith(("/", "~", "."))
-        and not re.search(r"\s", value)
+        if len(value) >= _SHORTEST
+        and not _OF_A_PLACE.search(name)
+        and (_SURE_NAME.search(name) or (is_secret(name) and not _PLACE_OR_TEXT.search(value)))
     )
 
 

@@ -81,6 +81,9 @@ HOST_GB_S: Final = 20.0
 PROMPT_SHARE: Final = 0.25
 RESPONSE_SHARE: Final = 0.5
 """Mean lengths, of the longest that the options allow."""
+TEXT_BYTES: Final = 4
+ID_BYTES: Final = 7
+"""A token in a file, as text and as a number."""
 
 
 def assumption_lines(gpu: Gpu, *, response_tokens: float, prompt_tokens: float) -> list[str]:
@@ -92,8 +95,8 @@ def assumption_lines(gpu: Gpu, *, response_tokens: float, prompt_tokens: float) 
         "activations lost to fragmentation",
         f"engine: {ENGINE_OVERHEAD_GIB:g} GiB beside tensors, and {CUDA_GRAPHS_GIB:g} GiB for CUDA "
         f"graphs if they are on; {gpu.batched_tokens} tokens in a prefill",
-        "layers: Transformer Engine's, as its source keeps tensors; every sequence as long as the "
-        "options allow",
+        "layers: Transformer Engine's, as one expects them to keep tensors; every sequence as long "
+        "as the options allow",
         f"mean lengths: prompt {prompt_tokens:.0f}, answer {response_tokens:.0f} tokens; one "
         "answer of every replica is the longest",
         f"{MFU:.0%} of the peak in training and prefill, {HBM_SHARE:.0%} of the memory bandwidth "
@@ -102,5 +105,8 @@ def assumption_lines(gpu: Gpu, *, response_tokens: float, prompt_tokens: float) 
         f"graphs, {GRAPH_S_PER_LAYER * 1e3:g} ms with them",
         f"{NODE_GB_S:g} GB/s between GPUs of a node of {GPUS_PER_NODE}, {NETWORK_GB_S:g} GB/s "
         f"between nodes, {HOST_GB_S:g} GB/s to the host",
-        "not counted: evaluation, grading, saves, what is read at start",
+        f"{TEXT_BYTES} bytes of text a token in files, {ID_BYTES} more where its number is kept",
+        "host memory not counted: libraries, the engine's, data, files that the kernel keeps",
+        "seconds not counted: evaluation, grading, saves, what is read at start, keys and values "
+        "between ranks of parallel.cp, ranks that wait for a slower one",
     ]

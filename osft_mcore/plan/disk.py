@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from osft_mcore.config.model_shape import ModelShape
-from osft_mcore.config.schema import CheckpointConfig, Offload
+from osft_mcore.config.schema import CheckpointConfig, Offload, RunConfig
 from osft_mcore.plan.actor_memory import ActorMemory, state_bytes
+from osft_mcore.plan.assumptions import ID_BYTES, TEXT_BYTES
+from osft_mcore.plan.speed import Lengths
 from osft_mcore.plan.stages import Stage
 
 
@@ -36,6 +38,17 @@ def disk(
         checkpoint=one,
         checkpoints=one * (checkpoint.keep_last + 1),
         export=shape.num_parameters * itemsize if checkpoint.final else 0,
+    )
+
+
+def answer_bytes(config: RunConfig, lengths: Lengths, *, per_step: int) -> tuple[int, int]:
+    """Of rollouts/ of 1000 steps, and of evaluations/ of 1000 problems; 0 without."""
+    text = (lengths.prompt + lengths.response) * TEXT_BYTES
+    kept = 1000 * per_step if config.logging.rollouts else 0
+    scored = 1000 * config.evaluation.num_samples if config.evaluation.files else 0
+    return (
+        round(kept * (text + lengths.response * ID_BYTES)),
+        round(scored * lengths.response * TEXT_BYTES),
     )
 
 

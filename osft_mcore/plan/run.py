@@ -8,10 +8,11 @@ from osft_mcore.config.describe import BatchArithmetic, batch_arithmetic
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.phases import samples
 from osft_mcore.config.schema import Phase, RunConfig
+from osft_mcore.errors import ConfigError
 from osft_mcore.parallel.topology import Topology, topology_of
 from osft_mcore.plan.actor_memory import ActorMemory, actor_memory, largest_micro_batch, layers_of
 from osft_mcore.plan.assumptions import GIB, PROMPT_SHARE, RESPONSE_SHARE, Gpu
-from osft_mcore.plan.disk import Disk, disk, host_bytes
+from osft_mcore.plan.disk import Disk, answer_bytes, disk, host_bytes
 from osft_mcore.plan.engine_memory import EngineMemory, engine_memory
 from osft_mcore.plan.moments import Moment, moments
 from osft_mcore.plan.push import Push, push_of
@@ -19,9 +20,11 @@ from osft_mcore.plan.speed import (
     Lengths,
     StepSeconds,
     bandwidth_of,
+    copies_seconds,
     forward_backward_seconds,
+    layer_seconds,
     optimizer_seconds,
-    reduce_seconds,
+    pipeline_factor,
     rollout_seconds,
 )
 from osft_mcore.plan.stages import Stage, stages
@@ -40,10 +43,14 @@ class RunPlan:
     moments: tuple[Moment, ...]
     """Of one of them."""
     host: int
-    """Host memory of a rank."""
+    """Host memory of a rank's copies; see host_bytes."""
     engine: EngineMemory | None
     push: Push | None
     disk: Disk
+    rollouts: int
+    """Of the files of 1000 steps; 0 without logging.rollouts."""
+    evaluation: int
+    """Of the answers to 1000 problems at one temperature; 0 without evaluation.files."""
     batches: BatchArithmetic
     lengths: Lengths
     seconds: StepSeconds
@@ -116,6 +123,10 @@ def plan_run(
     actors = [_actor(run, stage) for stage in held]
     timelines = [_timeline(run, actor, engine, push, at) for at, actor in enumerate(actors)]
     worst = max(range(len(held)), key=lambda at: max(m.total for m in timelines[at]))
+    answers = sequences_per_update(config, phase) * run.batches.updates_per_step
+    rollouts, evaluation = (
+        answer_bytes(config, run.lengths, per_step=answers) if samples(phase) else (0, 0)
+    )
     return RunPlan(
         parameters=shape.num_parameters,
         topology=run.topology,
@@ -126,10 +137,12 @@ def plan_run(
         engine=engine,
         push=push,
         disk=disk(shape, held, config.checkpoint, tp=run.topology.tp, itemsize=run.itemsize),
+        rollouts=rollouts,
+        evaluation=evaluation,
         batches=run.batches,
         lengths=run.lengths,
         seconds=_seconds(run, actors[worst], engine, push),
-        problems=tuple(_problems(timelines[worst], engine, gpu)),
+        problems=tuple(_problems(run, timelines[worst], engine)),
     )
 
 
@@ -137,9 +150,14 @@ def _lengths(config: RunConfig, response_tokens: float | None) -> Lengths:
     rollout = config.rollout
     longest = rollout.max_response_tokens
     mean = longest * RESPONSE_SHARE if response_tokens is None else response_tokens
+    if mean > longest:
+        raise ConfigError(
+            f"--response-tokens: found {mean:g}, expected at most rollout.max_response_tokens = "
+            f"{longest}"
+        )
     return Lengths(
         prompt=rollout.max_prompt_tokens * PROMPT_SHARE,
-        response=min(mean, longest),
+        response=mean,
         longest_response=longest,
     )
 
@@ -207,16 +225,17 @@ def _seconds(
         )
     moved = 0 if config.train.offload == "none" else actor.optimizer
     touched = actor.optimizer + actor.gradients + actor.weights
+    of_copies = copies_seconds(actor.gradients, actor.weights, topology, sharded=run.sharded)
     return StepSeconds(
         rollout=rollout,
-        forward_backward=_forward_backward(run, num),
-        gradients=updates * reduce_seconds(actor.gradients, topology),
+        **_of_layers(run, num),
+        copies=updates * of_copies,
         optimizer=updates * optimizer_seconds(run.gpu, touched=touched, moved=moved),
-        push=0.0 if push is None else push.busiest / bandwidth_of(topology),
+        push=0.0 if push is None else push.busiest / bandwidth_of(topology.world_size),
     )
 
 
-def _forward_backward(run: _Run, num_sequences: int) -> float:
+def _of_layers(run: _Run, num_sequences: int) -> dict[str, float]:
     train, lengths = run.config.train, run.lengths
     mean = lengths.prompt + lengths.response
     padding = 1.0
@@ -226,7 +245,7 @@ def _forward_backward(run: _Run, num_sequences: int) -> float:
     per_rank = run.batches.sequences_per_dp_rank
     budget = train.max_tokens_per_micro_batch
     passes = run.batches.micro_batches or max(1.0, per_rank * mean / (budget or 1))
-    return forward_backward_seconds(
+    computed = forward_backward_seconds(
         run.shape,
         run.gpu,
         run.topology,
@@ -235,8 +254,18 @@ def _forward_backward(run: _Run, num_sequences: int) -> float:
         recompute=train.recompute,
         recompute_loss=train.recompute_loss,
         with_reference=run.with_reference,
-        micro_batches=passes,
     )
+    told = layer_seconds(
+        run.shape,
+        run.topology,
+        positions=num_sequences * mean * padding,
+        itemsize=run.itemsize,
+        sequence_parallel=run.config.parallel.sequence_parallel,
+        recompute=train.recompute,
+        with_reference=run.with_reference,
+    )
+    factor = pipeline_factor(run.topology, passes)
+    return {"forward_backward": computed * factor, "layers": told * factor}
 
 
 def _concurrent(run: _Run, engine: EngineMemory) -> int:
@@ -245,13 +274,23 @@ def _concurrent(run: _Run, engine: EngineMemory) -> int:
     return min(run.config.rollout.max_num_seqs, int(max(engine.kv_cache, 0) // mean))
 
 
-def _problems(timeline: tuple[Moment, ...], engine: EngineMemory | None, gpu: Gpu) -> Iterator[str]:
+def _problems(
+    run: _Run, timeline: tuple[Moment, ...], engine: EngineMemory | None
+) -> Iterator[str]:
     worst = max(timeline, key=lambda moment: moment.total)
-    if worst.total > gpu.memory:
+    train = run.config.train
+    if worst.total > run.gpu.memory:
+        ways = {
+            "lower rollout.gpu_memory_utilization": engine is not None,
+            "lower train.micro_batch_size": train.micro_batch_size > 1
+            and train.max_tokens_per_micro_batch is None,
+            "choose train.recompute=full": train.recompute != "full",
+            "choose train.offload=optimizer": train.offload == "none",
+            "raise parallel.tp, pp or dp": True,
+        }
         yield (
-            f"{worst.name}: needs {worst.total / GIB:.1f} GiB of a GPU that has {gpu.gib:g}; lower "
-            "rollout.gpu_memory_utilization or train.micro_batch_size, choose train.recompute=full "
-            "or train.offload, or raise parallel.tp, pp or dp"
+            f"{worst.name}: needs {worst.total / GIB:.1f} GiB of a GPU that has {run.gpu.gib:g}; "
+            + ", or ".join(way for way, is_left in ways.items() if is_left)
         )
     if engine is not None and not engine.full_sequences:
         yield (

@@ -11,6 +11,7 @@ from osft_mcore.plan.assumptions import GPUS_PER_NODE
 from osft_mcore.plan.run import RunPlan
 
 MOST_GPUS: Final = 512
+NEAR: Final = 1.1
 
 
 def smallest_layout(
@@ -21,6 +22,9 @@ def smallest_layout(
     plan: Callable[..., RunPlan],
 ) -> tuple[RunConfig, RunPlan]:
     """Of 1, 2, 4, ... GPUs the fewest that are enough; of their layouts the quickest by its plan.
+
+    Within a tenth of the quickest the fewest pipeline stages count: estimates are no closer, and a
+    pipeline has costs of its own that no plan knows.
 
     Everything but parallel and rollout.tp stays. `check` raises ConfigError for a layout that the
     model or the batches do not have; `plan` is `plan_run` of all but the config and at_best. The
@@ -41,7 +45,11 @@ def smallest_layout(
                 hopeful.append((best.seconds.total, layout))
             else:
                 reason = best.problems[0]
-        for _, layout in sorted(hopeful, key=lambda pair: pair[0]):
+        near = NEAR * min((seconds for seconds, _ in hopeful), default=0.0)
+        ranked = sorted(
+            hopeful, key=lambda pair: (max(pair[0], near), pair[1].parallel.pp, pair[0])
+        )
+        for _, layout in ranked:
             try:
                 found = plan(layout)
             except ConfigError as error:

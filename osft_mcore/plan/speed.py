@@ -1,7 +1,7 @@
 """How long a step may take, under the assumptions of plan/assumptions.py."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.schema import Recompute, RolloutConfig
@@ -26,8 +26,11 @@ class StepSeconds:
 
     rollout: float
     forward_backward: float
-    gradients: float
-    """Summing them over data-parallel ranks, as if nothing hid it."""
+    layers: float
+    """Sums over tensor-parallel ranks in layers, and messages between pipeline stages."""
+    copies: float
+    """Over ranks with the same weights: summing gradients, as if nothing hid it, and gathering the
+    updated weights."""
     optimizer: float
     """Its steps, and what train.offload moves for them."""
     push: float
@@ -35,7 +38,7 @@ class StepSeconds:
     @property
     def total(self) -> float:
         """One after the other."""
-        return self.rollout + self.forward_backward + self.gradients + self.optimizer + self.push
+        return float(sum(astuple(self)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +93,8 @@ def forward_backward_seconds(
     recompute: Recompute,
     recompute_loss: bool,
     with_reference: bool,
-    micro_batches: float,
 ) -> float:
-    """Of all updates of a step on sequences of these lengths.
-
-    `micro_batches` of a rank and update: a pipeline of pp stages fills and empties in
-    (pp - 1) / vpp of them.
-    """
+    """Of all updates of a step on sequences of these lengths."""
     needed = training_flops(shape, [round(length) for length in sequences])
     tokens = sum(sequences)
     again = {
@@ -109,14 +107,51 @@ def forward_backward_seconds(
     if with_reference:
         again += needed / 3
     flops = (needed + again) * positions_per_token / topology.world_size
-    bubble = (topology.pp - 1) / topology.vpp / max(micro_batches, 1.0)
-    return flops / (gpu.peak_tflops * 1e12 * MFU) * (1 + bubble)
+    return flops / (gpu.peak_tflops * 1e12 * MFU)
 
 
-def reduce_seconds(gradient_bytes: int, topology: Topology) -> float:
-    """Of one update: a ring over the ranks that hold the same weights."""
-    copies = topology.copies
-    return 2 * gradient_bytes * (copies - 1) / copies / bandwidth_of(topology)
+def layer_seconds(
+    shape: ModelShape,
+    topology: Topology,
+    *,
+    positions: float,
+    itemsize: int,
+    sequence_parallel: bool,
+    recompute: Recompute,
+    with_reference: bool,
+) -> float:
+    """Of `positions` in all, what ranks of one model tell each other of their hidden states.
+
+    A layer sums them over tp after attention and after the MLP, forward and backward, and again
+    where it is computed again. A stage sends those of each chunk on, and their gradients back.
+    """
+    tp, passes = topology.tp, 1 if with_reference else 0
+    hidden = positions / topology.copies * shape.hidden * itemsize
+    sums = {"none": 4, "selective": 5, "full": 6}[recompute] + 2 * passes
+    summed = sums * shape.num_layers / topology.pp * 2 * hidden * (tp - 1) / tp
+    sent = 0.0
+    if topology.pp > 1:
+        sent = (2 + passes) * topology.vpp * hidden / (tp if sequence_parallel else 1)
+    return summed / bandwidth_of(tp) + sent / bandwidth_of(topology.world_size)
+
+
+def pipeline_factor(topology: Topology, micro_batches: float) -> float:
+    """By how much waiting lengthens an update of so many micro-batches a rank.
+
+    A pipeline of pp stages fills and empties in (pp - 1) / vpp of them.
+    """
+    return 1 + (topology.pp - 1) / topology.vpp / max(micro_batches, 1.0)
+
+
+def copies_seconds(
+    gradient_bytes: int, weight_bytes: int, topology: Topology, *, sharded: bool
+) -> float:
+    """Of one update: rings over the ranks that hold the same weights.
+
+    `sharded`: each gets its part of the gradients, and the others' updated weights.
+    """
+    moved = gradient_bytes + (weight_bytes if sharded else gradient_bytes)
+    return moved * (topology.copies - 1) / topology.copies / bandwidth_of(topology.world_size)
 
 
 def optimizer_seconds(gpu: Gpu, *, touched: int, moved: int) -> float:
@@ -127,7 +162,6 @@ def optimizer_seconds(gpu: Gpu, *, touched: int, moved: int) -> float:
     return 2 * touched / (gpu.hbm_gb_s * 1e9 * HBM_SHARE) + 2 * moved / (HOST_GB_S * 1e9)
 
 
-def bandwidth_of(topology: Topology) -> float:
-    """Bytes a second between two ranks that may be on different nodes."""
-    within = topology.world_size <= GPUS_PER_NODE
-    return (NODE_GB_S if within else NETWORK_GB_S) * 1e9
+def bandwidth_of(num_ranks: int) -> float:
+    """Bytes a second between two of so many consecutive ranks, which may be on different nodes."""
+    return (NODE_GB_S if num_ranks <= GPUS_PER_NODE else NETWORK_GB_S) * 1e9

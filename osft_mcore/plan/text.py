@@ -20,7 +20,8 @@ def plan_text(plan: RunPlan, config: RunConfig, gpu: Gpu, *, phase: Phase) -> st
         *_memory_lines(plan),
         *_verdict(plan, gpu),
         *_engine_lines(plan, config),
-        f"host memory a rank, at most: {_gib(plan.host)} GiB",
+        "host memory of a rank's copies (a save, train.offload, a reference): "
+        f"{_gib(plan.host)} GiB",
         "\n# Disk",
         *_disk_lines(plan, config),
         "\n# Batches",
@@ -115,6 +116,13 @@ def _disk_lines(plan: RunPlan, config: RunConfig) -> Iterator[str]:
         + ("; those of checkpoint.keep_every come on top" if config.checkpoint.keep_every else "")
     )
     yield f"the exported model          {_gib(plan.disk.export):>8} GiB"
+    if plan.rollouts:
+        yield f"answers of 1000 steps       {_gib(plan.rollouts):>8} GiB  logging.rollouts"
+    if plan.evaluation:
+        yield (
+            f"answers to 1000 problems    {_gib(plan.evaluation):>8} GiB  "
+            f"evaluation.num_samples = {config.evaluation.num_samples}, one temperature"
+        )
 
 
 def _push_lines(plan: RunPlan) -> Iterator[str]:
@@ -136,17 +144,18 @@ def _seconds_lines(plan: RunPlan, config: RunConfig, phase: Phase) -> Iterator[s
     rows = {
         "rollout": found.rollout,
         "forward and backward": found.forward_backward,
-        "summing gradients": found.gradients,
+        "sums in layers, stages": found.layers,
+        "gradients over copies": found.copies,
         "optimizer": found.optimizer,
         "push": found.push,
         "a step": found.total,
     }
     for name, seconds in rows.items():
         if seconds:
-            yield f"{name:<22}{seconds:>9.2f}"
+            yield f"{name:<24}{seconds:>9.2f}"
     sequences = sequences_per_update(config, phase) * plan.batches.updates_per_step
     tokens = sequences * (plan.lengths.prompt + plan.lengths.response)
-    yield f"{'tokens a step':<22}{tokens:>9.0f}"
+    yield f"{'tokens a step':<24}{tokens:>9.0f}"
 
 
 def _gib(size: float) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -61,15 +62,19 @@ def test_a_machine_in_order(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_options_of_a_run(tmp_path: Path) -> None:
-    """In order, then with an interface that is not there, and data under a name with a password."""
-    data, model = write_start(tmp_path)
-    options = [
+def options_of_a_run(folder: Path, output_dir: str) -> list[str]:
+    data, model = write_start(folder)
+    return [
         "doctor", "--quick", f"model.path={model}", f"data.train={data / 'train.parquet'}",
-        f"output_dir={tmp_path / 'out'}", "model.dtype=fp32", "rollout.max_prompt_tokens=16",
+        f"output_dir={output_dir}", "model.dtype=fp32", "rollout.max_prompt_tokens=16",
         "rollout.max_response_tokens=20", "checkpoint.every=1", "train.prompts_per_step=4",
         "train.prompts_per_update=4",
     ]  # fmt: skip
+
+
+def test_the_options_of_a_run(tmp_path: Path) -> None:
+    """In order, then with an interface that is not there, and data under a name with a password."""
+    options = options_of_a_run(tmp_path, str(tmp_path / "out"))
     result = forked(options, tmp_path)
     assert result.code == 0, result
     found = sections(result)
@@ -88,7 +93,7 @@ def test_the_options_of_a_run(tmp_path: Path) -> None:
     assert sections(result)["ping"] == ["note: not tried: problems above come first"]
     assert "  PROBLEM: GLOO_SOCKET_IFNAME: no interface nope0" in result.out
     assert result.out.endswith("training would not start\n")
-    assert result.err.startswith("osft: ConfigError\n  - GLOO_SOCKET_IFNAME: found 'nope0'")
+    assert result.err.startswith("osft: ConfigError\n  - GLOO_SOCKET_IFNAME: no interface nope0")
     problems = sections(result)["options and files"]
     assert any("data.train: 'https:" in line and "is not a file" in line for line in problems)
     assert any("parallel.tp" in line for line in problems)
@@ -109,32 +114,59 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert "RANK=0" in found["variables"]
 
 
-def test_a_problem_of_one_host_ends_all_ranks_alike(tmp_path: Path) -> None:
-    """Both are the first rank of a host, and one host's variable is wrong: nobody waits."""
+def two_hosts(
+    arguments: Sequence[str], folders: Sequence[Path], of_second: Mapping[str, str] | None = None
+) -> tuple[Outcome, Outcome]:
+    """Two ranks, each the first of a host as they see it, in `folders`; they have one name."""
     places = [
         as_rank(rank, 2)
         | {"MASTER_PORT": str(port), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        | ({"GLOO_SOCKET_IFNAME": "nope0"} if rank else {})
+        # This machine's name may stand for no address that other hosts reach.
+        | {"GLOO_SOCKET_IFNAME": "lo"}
+        | (of_second if rank and of_second else {})
         for port in [free_port()]
         for rank in range(2)
     ]
-    said = tmp_path / "second.json"
+    said = folders[1] / "second.json"
     pid = os.fork()
     if pid == 0:
-        second = forked(["doctor", "--quick"], tmp_path, places[1])
+        second = forked(arguments, folders[1], places[1])
         said.write_text(json.dumps([second.code, second.out, second.err]))
         os._exit(0)
-    first = forked(["doctor", "--quick"], tmp_path, places[0])
+    first = forked(arguments, folders[0], places[0])
     os.waitpid(pid, 0)
     code, out, err = json.loads(said.read_text())
-    second = Outcome(code=code, out=out, err=err)
+    said.unlink()
+    return first, Outcome(code=code, out=out, err=err)
+
+
+def test_hosts_share_the_folder_of_the_run(tmp_path: Path) -> None:
+    """A relative folder, in the same place and in two; the file that tells is gone afterwards."""
+    options = [*options_of_a_run(tmp_path, "runs/x"), "parallel.dp=2", "train.micro_batch_size=2"]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    apart = two_hosts(options, folders)
+    shared = two_hosts(options, folders[:1] * 2)
+    assert (apart[0].code, apart[1].code) == (CONFIG, CONFIG), apart
+    problem = "output_dir: runs/x is not the folder that rank 0 has under that name"
+    assert any(problem in line for line in sections(apart[0])["ping"]), apart[0]
+    assert problem in apart[1].err
+    assert (shared[0].code, shared[1].code) == (0, 0), shared
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+
+def test_a_problem_of_one_host_ends_all_ranks_alike(tmp_path: Path) -> None:
+    """Both are the first rank of a host, and one host's variable is wrong: nobody waits."""
+    wrong = {"GLOO_SOCKET_IFNAME": "nope0"}
+    first, second = two_hosts(["doctor", "--quick"], [tmp_path, tmp_path], wrong)
     assert (first.code, second.code) == (CONFIG, CONFIG), (first, second)
     ping = sections(first)["ping"]
     assert any("PROBLEM: " in line and "no interface nope0" in line for line in ping), ping
     assert ping[-1] == "note: not tried: problems above come first"
     assert first.out.endswith("training would not start\n")
     assert (first.err, second.out) == ("", "")
-    assert "GLOO_SOCKET_IFNAME: found 'nope0'" in second.err
+    assert "GLOO_SOCKET_IFNAME: no interface nope0" in second.err
 
 
 def test_half_a_launcher(tmp_path: Path) -> None:

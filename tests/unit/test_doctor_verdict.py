@@ -1,7 +1,8 @@
 """What the facts of a machine mean: judged without the machine."""
 
+import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from osft_mcore.doctor.facts import (
     section_lines,
     without_secrets,
 )
-from osft_mcore.doctor.gather import numa_nodes, parse_cores, parse_gpus, space
+from osft_mcore.doctor.gather import memory_limit, numa_nodes, parse_cores, parse_gpus, space
 from osft_mcore.doctor.network import fabric, ports
 from osft_mcore.errors import ConfigError, DataError
 
@@ -46,6 +47,8 @@ MACHINE = Machine(
     memory=64 * GIB,
     memory_available=60 * GIB,
     memory_limit=None,
+    open_files=1024,
+    locked_memory=64 * MIB,
     shm=Space(what="/dev/shm", path="/dev/shm", free=8 * GIB),
     gpus=(),
     interfaces=(
@@ -75,8 +78,11 @@ def notes(findings: tuple[Finding, ...]) -> str:
     return "\n".join(found.text for found in findings if found.kind == "note")
 
 
-def devices(num_ranks: int = 2, torch: TorchDevices = CPU_TORCH, **changes: Any) -> Section:
-    return verdict.device_section(replace(MACHINE, **changes), torch, num_ranks=num_ranks)
+def devices(
+    num_ranks: int = 2, torch: TorchDevices = CPU_TORCH, world_size: int = 2, **changes: Any
+) -> Section:
+    machine = replace(MACHINE, **changes)
+    return verdict.device_section(machine, torch, num_ranks=num_ranks, world_size=world_size)
 
 
 def network(
@@ -135,7 +141,39 @@ def test_what_is_only_slow_is_a_note() -> None:
 def test_little_memory_stops_training() -> None:
     assert "1.9 GiB available" in problems(devices(memory_available=int(1.9 * GIB)))
     lines = list(section_lines(devices(memory_limit=4 * GIB)))
-    assert any("the container may use 4.0 GiB" in line for line in lines)
+    assert any("the container or job may use 4.0 GiB" in line for line in lines)
+
+
+def test_limits_of_a_process() -> None:
+    assert not notes(devices(world_size=48).findings)
+    assert "ulimit -n: 1024 open files, and a rank of 64" in notes(devices(world_size=64).findings)
+    fabric_found = (Fabric(name="mlx5_0 port 1", state="ACTIVE"),)
+    assert "ulimit -l: 64 MiB can be pinned" in notes(devices(fabric=fabric_found).findings)
+    assert not notes(devices(fabric=fabric_found, locked_memory=math.inf).findings)
+
+
+def test_the_tightest_limit_of_a_job_counts(tmp_path: Path) -> None:
+    """A Slurm job's group is below the root, and a step's below the job's; files are given up."""
+    membership = tmp_path / "cgroup"
+    root = tmp_path / "fs"
+    assert memory_limit(root, membership) == (None, None)
+    job = root / "job_1"
+    step = job / "step_0"
+    step.mkdir(parents=True)
+    membership.write_text("0::/job_1/step_0\n")
+    for group, most, used, cached in ((step, "max", 5, 0), (job, str(8 * GIB), 6 * GIB, GIB)):
+        (group / "memory.max").write_text(f"{most}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
+    assert memory_limit(root, membership) == (8 * GIB, 3 * GIB)
+    # The older layout, whose stat has a group's own figures and those of all below.
+    old = root / "memory" / "job_1"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text(f"{4 * GIB}\n")
+    (old / "memory.usage_in_bytes").write_text(f"{3 * GIB}\n")
+    (old / "memory.stat").write_text(f"inactive_file 0\ntotal_inactive_file {GIB}\n")
+    membership.write_text("5:cpuset:/x\n4:memory:/job_1\n0::/\n")
+    assert memory_limit(root, membership) == (4 * GIB, 2 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -177,12 +215,13 @@ def test_names_and_fabric() -> None:
 
 
 def test_ports() -> None:
-    taken = Port(what="MASTER_PORT", text="29501", trouble="Address already in use", needed=True)
-    usual = replace(taken, what="torchrun's usual port", needed=False)
-    found = verdict.port_section(replace(MACHINE, ports=(taken, usual)))
-    assert len(found.problems) == 1
-    assert "MASTER_PORT 29501 on 127.0.0.1: Address already in use" in found.problems[0]
-    assert "--rdzv-endpoint" in notes(found.findings)
+    """osft without a launcher does not look at MASTER_PORT, which clusters export to every job."""
+    taken = Port(what="MASTER_PORT", text="29501", trouble="Address already in use")
+    found = verdict.port_section(replace(MACHINE, ports=(taken,)))
+    assert not found.problems
+    assert "MASTER_PORT 29501 on 127.0.0.1: Address already in use" in notes(found.findings)
+    none_left = replace(taken, what="any port", text="0")
+    assert "no port" in problems(verdict.port_section(replace(MACHINE, ports=(none_left,))))
 
 
 def test_the_rendezvous_port_is_tried_on_loopback() -> None:
@@ -266,12 +305,37 @@ def test_files_of_the_kernel(tmp_path: Path) -> None:
     state.parent.mkdir(parents=True)
     state.write_text("4: ACTIVE\n")
     assert fabric(tmp_path) == (Fabric(name="mlx5_0 port 1", state="ACTIVE"),)
-    text = "NVIDIA H100, 81559, 80000, 570.1, 00000000:1B:00.0\n[N/A]\n"
-    assert parse_gpus(text, {"00000000:1B:00.0": 1}) == (
-        GpuFound(
-            name="NVIDIA H100", memory=81559 * MIB, free=80000 * MIB, driver="570.1", numa_node=1
-        ),
-    )
+
+
+BUS = "00000000:1B:00.0"
+SAID = "".join(
+    f"{number}, GPU-{letter * 4}-1, NVIDIA H100, 81559, {80000 + number}, 570.1, {BUS}\n"
+    for number, letter in enumerate("abc")
+)
+
+
+@pytest.mark.parametrize(
+    ("visible", "numbers"),
+    [
+        (None, [0, 1, 2]), ("1", [1]), ("2,0", [0, 2]), ("GPU-bbbb", [1]), ("", []), ("-1", []),
+        ("MIG-aaaa", []), ("7", [0, 1, 2]),
+    ],
+)  # fmt: skip
+def test_gpus_that_a_run_does_not_see_do_not_count(visible: str | None, numbers: list[int]) -> None:
+    found = parse_gpus(f"{SAID}[N/A]\n", {BUS: 1}, visible)
+    assert [gpu.free // MIB - 80000 for gpu in found] == numbers
+    assert all((gpu.memory, gpu.numa_node) == (81559 * MIB, 1) for gpu in found)
+
+
+def test_a_size_that_the_driver_does_not_tell_is_no_size() -> None:
+    unknown = SAID.replace("81559", "[N/A]", 1)
+    gpus = parse_gpus(unknown, {}, "0")
+    assert [(gpu.memory, gpu.free) for gpu in gpus] == [(0, 0)]
+    found = devices(torch=GPU_TORCH, gpus=gpus)
+    assert "GPU: NVIDIA H100, memory not told, driver 570.1" in "\n".join(section_lines(found))
+    assert not notes(found.findings)
+    assert of_gpus(gpus) == []
+    assert of_gpus((*gpus, GPU)) == of_gpus((GPU,)) != []
 
 
 def of_run(config: RunConfig, *, num_gpus: int, launched: int | None = None) -> Section:
@@ -285,6 +349,7 @@ def test_a_rank_needs_a_gpu_of_its_own() -> None:
     assert "torchrun on 2 hosts" in problems(of_run(config, num_gpus=8))
     assert not problems(of_run(config, num_gpus=16))
     assert not problems(of_run(config, num_gpus=8, launched=8))
+    assert "16 ranks on 4 cores" in notes(of_run(config, num_gpus=16).findings)
     on_cpu = of_run(config, num_gpus=0)
     assert not on_cpu.problems
     assert "16 ranks on 4 cores" in notes(on_cpu.findings)
@@ -310,14 +375,22 @@ def test_a_checkpoint_has_room(small_disk: Path) -> None:
     assert "for the end of the run" in notes(said(without, large).findings)
 
 
-def test_gpu_memory() -> None:
-    config = load_config(["train.prompts_per_step=4", "train.prompts_per_update=4"])
+def of_gpus(
+    gpus: tuple[GpuFound, ...],
+    shape: ModelShape = SHAPE,
+    *,
+    num_ranks: int = 1,
+    options: Sequence[str] = (),
+    **changes: Any,
+) -> list[Finding]:
+    config = load_config(["train.prompts_per_step=4", "train.prompts_per_update=4", *options])
+    machine = replace(MACHINE, gpus=gpus, **changes)
+    return list(run.gpu_findings(config, "train", shape, machine, num_ranks=num_ranks))
 
+
+def test_gpu_memory() -> None:
     def said(gpu: GpuFound, shape: ModelShape = SHAPE) -> Section:
-        machine = replace(MACHINE, gpus=(gpu,))
-        return Section(
-            title="run", findings=tuple(run.gpu_findings(config, "train", shape, machine))
-        )
+        return Section(title="run", findings=tuple(of_gpus((gpu,), shape)))
 
     assert not said(GPU).problems
     assert not notes(said(GPU).findings)
@@ -330,6 +403,20 @@ def test_gpu_memory() -> None:
     close = said(GPU, replace(large, num_layers=3))
     assert not close.problems
     assert "by that estimate it does not fit" in notes(close.findings)
+
+
+def test_host_memory_of_copies() -> None:
+    """Offloaded optimizer state and a save of a bf16 model: 12 and 2 bytes a parameter."""
+    size = 14 * replace(SHAPE, vocab=1024).num_parameters
+
+    def said(available: int) -> str:
+        found = of_gpus(
+            (GPU,), num_ranks=8, options=["train.offload=optimizer"], memory_available=available
+        )
+        return notes(tuple(found))
+
+    assert "of the 8 ranks here" in said(8 * size - 1)
+    assert not said(8 * size)
 
 
 def test_snapshots_in_memory() -> None:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -21,6 +22,7 @@ from osft_mcore.command_line import parse
 from osft_mcore.config.load import load_config, to_yaml
 from osft_mcore.data.arithmetic import TinyModel, write_model_folder
 from osft_mcore.errors import ConfigError
+from osft_mcore.plan import command as plan_command
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -248,6 +250,42 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.place)
 def test_a_documented_command_is_taken(command: Command) -> None:
     assert problem_of(command) == ""
+
+
+def planned(words: Sequence[str]) -> str:
+    parser = argparse.ArgumentParser()
+    plan_command.add_arguments(parser)
+    return plan_command.run_command(parser.parse_intermixed_args(words))
+
+
+PLANS = [at for at in COMMANDS if at.text.startswith("python tools/plan_run.py ") and at.shown]
+
+
+@pytest.mark.parametrize("command", PLANS, ids=lambda command: command.place)
+def test_a_plan_that_is_shown_is_what_the_tool_prints(command: Command) -> None:
+    shown = [line for line in command.shown if line != "..."]
+    printed = [line for line in planned(shlex.split(command.text)[2:]).splitlines() if line]
+    assert shown == printed[: len(shown)]
+
+
+def test_the_table_of_layouts_is_what_the_tool_says() -> None:
+    rows = re.findall(
+        r"^\| (as the preset.*|`[^|]*`) \| ([\d.]+)(: no)? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert len(rows) == 10
+    for name, *told in rows:
+        options = re.findall(r"[\w.]+=[\w.]+", name)
+        found = json.loads(planned(["--json", "experiment=sept_qwen2.5_math_7b", *options]))
+        seconds, total = found["seconds"], found["seconds_total"]
+        assert told == [
+            f"{max(found['totals']) / 2**30:.1f}",
+            "" if found["fits"] else ": no",
+            f"{total - seconds['rollout'] - seconds['push']:.1f}",
+            f"{seconds['push']:.2f}",
+            f"{total:.1f}",
+        ], name
 
 
 @pytest.mark.parametrize(

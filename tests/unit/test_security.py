@@ -220,9 +220,23 @@ PLANTED = {
 def test_secrets_of_the_environment() -> None:
     others = {
         "PATH": "/usr/bin", "SSH_AUTH_SOCK": "/run/agent.1", "SHORT_TOKEN": "1234567",
-        "TOKENIZERS_PARALLELISM": "false---", "A_KEY": "two words",
+        "TOKENIZERS_PARALLELISM": "false---", "A_KEY": "two words", "PWD": "/a/folder",
+        "HF_TOKEN_PATH": "/a/folder/token", "GIT_ASKPASS": "/usr/bin/askpass",
+        "SSH_ASKPASS": "/usr/bin/askpass", "BYPASS": "localhost", "MONKEY": "longtailed",
     }  # fmt: skip
     assert environment_secrets(PLANTED | others) == tuple(PLANTED.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PGPASSWORD", "MYTOKEN", "HFTOKEN", "GHTOKEN", "DOCKERPASSWORD", "NGCAPIKEY", "SSHPASS",
+        "DB_PASS", "AWS_SECRET_ACCESS_KEY", "mypassphrase", "CLIENTSECRET",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["plain-word", "/abc/defgh", ".dotted~x", "two words x"])
+def test_a_name_that_is_sure_makes_any_value_a_secret(name: str, value: str) -> None:
+    assert environment_secrets({name: value}) == (value,)
 
 
 @pytest.mark.parametrize(
