@@ -1,21 +1,26 @@
 """How long a phase may take, and which option says so."""
 
+import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from osft_mcore.config.duration import LONGEST_MINUTES
 from osft_mcore.config.schema import DeadlinesConfig
+from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.parallel.deadlines import (
     BETWEEN,
     FOR_EVER_S,
     IDLE,
     LEAST_S,
+    STEADY,
     Deadlines,
     deadlines_of,
 )
 
 LONG_S = 7200.0
+DOCUMENT = Path(__file__).parents[2] / "docs" / "faults.md"
 
 
 def deadlines(slack: float = 10.0) -> Deadlines:
@@ -95,3 +100,16 @@ def test_the_options_are_in_minutes_and_messages_name_options_that_exist() -> No
 def test_no_limit_is_beyond_what_timers_take() -> None:
     found = deadlines_of(DeadlinesConfig(start=LONGEST_MINUTES), wait_minutes=1e12)
     assert found.limit("wait").seconds == found.limit(IDLE).seconds == FOR_EVER_S == 2_592_000
+
+
+def test_the_document_has_the_defaults() -> None:
+    rows = re.findall(
+        r"^\| `([a-z_.]+)` \| ([0-9.]+) \| .* \| (.*) ?\|$", DOCUMENT.read_text(), re.M
+    )
+    stated = {option: float(minutes) for option, minutes, _ in rows}
+    assert stated == {
+        **{f"deadlines.{name}": value for name, value in asdict(DeadlinesConfig()).items()},
+        "evaluation.wait_minutes": EvaluationConfig().wait_minutes,
+    }
+    shorter = [option for option, _, answer in rows if answer.strip() == "yes"]
+    assert shorter == [f"deadlines.{phase}" for phase in STEADY if phase != BETWEEN]
