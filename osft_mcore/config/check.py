@@ -1,7 +1,6 @@
 """What cannot work together, found before any model is built; every problem is reported at once."""
 
 import importlib.util
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain
@@ -123,7 +122,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
 def _deadlines(config: RunConfig) -> Iterator[str]:
     minutes = asdict(config.deadlines)
     slack = minutes.pop("slack")
-    if slack != 0 and not 2 <= slack < math.inf:
+    if slack < 2 and slack != 0:
         yield f"deadlines.slack: found {slack:g}, expected at least 2, or 0 for never shorter"
     for name, limit in minutes.items():
         if not 0 < limit <= LONGEST_MINUTES:

@@ -6,10 +6,12 @@ import pytest
 from faults.cells import Cell, Fault, Launcher, make_inputs, run_cell
 from program import no_process_left
 
-from osft_mcore.errors import DeadlinePassed
-
-DEADLINE_S = 10.0
-SMALL = ["train.prompts_per_step=16", "train.prompts_per_update=16", "evaluation.max_problems=16"]
+DEADLINE_S = 8.0
+# Nothing that takes long to start and is not in these cells.
+SMALL = [
+    "train.prompts_per_step=16", "train.prompts_per_update=16", "evaluation.files=[]",
+    "evaluation.every=0", "checkpoint.every=0",
+]  # fmt: skip
 # What is waited for has limits of its own.
 pytestmark = pytest.mark.timeout(600)
 
@@ -32,12 +34,11 @@ def test_a_killed_rank_ends_the_run_at_once(tmp_path: Path) -> None:
     assert cell.seconds < DEADLINE_S, "the others need no deadline to see it"
 
 
-def test_a_frozen_rank_ends_the_run_after_the_deadline(tmp_path: Path) -> None:
-    cell = run(tmp_path, "osft", "tp2", "sync", 0, "SIGSTOP")
-    assert cell.code == DeadlinePassed.exit_code
-
-
 def test_torchrun_does_not_wait_for_a_frozen_rank(tmp_path: Path) -> None:
-    """It would, for half a minute, before it kills what does not heed SIGTERM."""
+    """It would, for half a minute, before it kills what does not heed SIGTERM.
+
+    `osft` on frozen ranks: test_watchdog.py.
+    """
     cell = run(tmp_path, "torchrun", "pp2", "rollout", 1, "SIGSTOP")
     assert cell.code == 1
+    assert cell.seconds > DEADLINE_S / 2, "nothing but the deadline can tell"
