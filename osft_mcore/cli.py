@@ -5,7 +5,6 @@
 # options of a run, and does not wait for what reads them.
 
 import argparse
-import dataclasses
 import logging
 import os
 import signal
@@ -278,13 +277,13 @@ def _run_rank(
 
     import_megatron()
     from osft_mcore.log.console import Console
+    from osft_mcore.parallel.deadlines import deadlines_of
     from osft_mcore.parallel.groups import parallel_context
 
     try:
-        limits = dataclasses.asdict(config.deadlines)
-        # It has a limit of its own, and ends by itself.
-        limits["wait"] = config.evaluation.wait_minutes + limits["start"]
-        world = parallel_context(topology, timeout_minutes=limits["start"], deadlines=limits)
+        limits = deadlines_of(config.deadlines, wait_minutes=config.evaluation.wait_minutes)
+        start = config.deadlines.start
+        world = parallel_context(topology, timeout_minutes=start, deadlines=limits)
         with world as context:
             console = Console(enabled=context.rank == 0, progress=config.logging.progress)
             run(context, console)

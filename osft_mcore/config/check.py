@@ -16,7 +16,7 @@ from osft_mcore.config.check_async import Host, async_problems
 from osft_mcore.config.check_batches import batch_problems
 from osft_mcore.config.check_evaluation import absent_evaluation_files, evaluation_problems
 from osft_mcore.config.divide import divides, divisors, listed, tensor_parallel_problems
-from osft_mcore.config.duration import seconds
+from osft_mcore.config.duration import LONGEST_MINUTES, seconds
 from osft_mcore.config.model_shape import FAMILIES, ModelShape, read_model_shape
 from osft_mcore.config.phases import reads_training_data, samples, trains
 from osft_mcore.config.schema import Phase, RunConfig
@@ -109,12 +109,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
             yield f"{name}: found {beta:g}, expected at least 0 and below 1"
     if config.train.lr_min_ratio > 1:
         yield f"train.lr_min_ratio: found {config.train.lr_min_ratio:g}, expected at most 1"
-    saving, waiting = config.checkpoint.timeout_minutes, config.deadlines.save
-    if 0 < waiting <= saving:
-        yield (
-            f"checkpoint.timeout_minutes: found {saving:g}, expected less than "
-            f"deadlines.save = {waiting:g}: ranks wait for each other's saves"
-        )
+    yield from _deadlines(config)
     if not 0 <= config.seed < 2**32:
         yield f"seed: found {config.seed}, expected 0 or more and below 2**32"
     if config.checkpoint.stop_after is not None:
@@ -122,6 +117,25 @@ def _ranges(config: RunConfig) -> Iterator[str]:
             seconds(config.checkpoint.stop_after)
         except ValueError as error:
             yield f"checkpoint.stop_after: {error}"
+
+
+def _deadlines(config: RunConfig) -> Iterator[str]:
+    minutes = asdict(config.deadlines)
+    slack = minutes.pop("slack")
+    if slack < 2 and slack != 0:
+        yield f"deadlines.slack: found {slack:g}, expected at least 2, or 0 for never shorter"
+    for name, limit in minutes.items():
+        if not 0 < limit <= LONGEST_MINUTES:
+            yield (
+                f"deadlines.{name}: found {limit:g}, expected more than 0 and at most "
+                f"{LONGEST_MINUTES}, which is 30 days"
+            )
+    saving, waiting = config.checkpoint.timeout_minutes, config.deadlines.save
+    if 0 < waiting <= saving:
+        yield (
+            f"checkpoint.timeout_minutes: found {saving:g}, expected less than "
+            f"deadlines.save = {waiting:g}: ranks wait for each other's saves"
+        )
 
 
 def _sizes(config: RunConfig) -> Iterable[tuple[str, int]]:
@@ -174,7 +188,6 @@ def _positive(config: RunConfig) -> Iterable[tuple[str, float]]:
         ("rollout.tau_sample", config.rollout.tau_sample),
         ("rollout.annealing.end_tau", config.rollout.annealing.end_tau),
         ("rollout.kv_cache_gib", config.rollout.kv_cache_gib),
-        *((f"deadlines.{name}", limit) for name, limit in asdict(config.deadlines).items()),
         ("train.eps", config.train.eps),
         ("evaluation.grader_timeout_s", config.evaluation.grader_timeout_s),
         ("evaluation.grader_memory_gib", config.evaluation.grader_memory_gib),

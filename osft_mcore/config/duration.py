@@ -3,6 +3,8 @@
 import re
 from typing import Final
 
+LONGEST_MINUTES: Final = 30 * 24 * 60
+"""Timers take no infinity."""
 _DURATION: Final = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 

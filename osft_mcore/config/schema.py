@@ -222,8 +222,11 @@ class DeadlinesConfig:
     """Minutes that a phase may take, on any rank. Then the run ends, and names the ranks that it
     waited for; collectives fail a little later by themselves."""
 
+    slack: float = 10.0
+    """Once a rollout, an update or a push is over, the next ones may take this many times their
+    longest so far, at least 5 minutes, and never more than below; 0: always what is below."""
     start: float = 30.0
-    """Building actor and engine; also what comes between phases."""
+    """Building actor and engine; also what comes between phases, until the first update."""
     rollout: float = 60.0
     """The answers of one step."""
     train: float = 60.0

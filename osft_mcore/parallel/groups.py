@@ -6,7 +6,7 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,9 +18,12 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from osft_mcore.errors import ConfigError
+from osft_mcore.parallel.board import Board
 from osft_mcore.parallel.cpu import megatron_device
+from osft_mcore.parallel.deadlines import Deadlines
 from osft_mcore.parallel.loopback import ON_LOOPBACK
 from osft_mcore.parallel.network import port_in_use
+from osft_mcore.parallel.peers import Process, this_process
 from osft_mcore.parallel.topology import Coordinates, Topology
 from osft_mcore.parallel.watchdog import Watchdog
 from osft_mcore.parallel.world import (
@@ -28,6 +31,7 @@ from osft_mcore.parallel.world import (
     launcher_keeps_store,
     local_rank,
     local_world_size,
+    started_by_own_launcher,
 )
 
 STORE_PATIENCE_S: Final = 10.0
@@ -66,13 +70,12 @@ class ParallelContext:
 
 @contextlib.contextmanager
 def parallel_context(
-    topology: Topology, *, timeout_minutes: float, deadlines: Mapping[str, float] | None = None
+    topology: Topology, *, timeout_minutes: float, deadlines: Deadlines | None = None
 ) -> Iterator[ParallelContext]:
     """Join the process groups of the launcher's world, and leave them at the end.
 
-    Every rank must call, under torchrun (or anything that sets its variables). `deadlines`: minutes
-    by phase, which the context watches over; None: it does not. `timeout_minutes` is for what is in
-    no phase.
+    Every rank must call, under torchrun (or anything that sets its variables). `deadlines`:
+    what the context watches over; None: nothing. `timeout_minutes`: of joining.
     Raises ConfigError if the world does not fit the topology, or if rank 0 has to open MASTER_PORT
     and cannot.
     """
@@ -145,8 +148,8 @@ def join_groups(
         world_group=world,
         timeout_minutes=timeout_minutes,
         watch=Watchdog(
-            coordinates.rank, 1, deadlines_s={}, otherwise_s=0.0,
-            limit_collectives=limit_collectives, store=None,
+            coordinates.rank, deadlines=Deadlines({}, otherwise_s=0.0, slack=0.0),
+            limit_collectives=limit_collectives, board=None,
         ),
     )  # fmt: skip
     found = (
@@ -168,23 +171,32 @@ def limit_collectives(seconds: float) -> None:
         _set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
-def _watchdog(context: ParallelContext, deadlines: Mapping[str, float]) -> Watchdog:
-    world_size, store = context.topology.world_size, None
-    keeper = "the launcher" if launcher_keeps_store() else "rank 0"
+def _watchdog(context: ParallelContext, deadlines: Deadlines) -> Watchdog:
+    """Collective over the world."""
+    world_size, board, holders = context.topology.world_size, None, list[int]()
     if world_size > 1:
         # A connection of its own: on the world's, the main thread may be waiting.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        keeper += f" on {address}"
         patience = datetime.timedelta(seconds=STORE_PATIENCE_S)
         store = TCPStore(address, port, None, is_master=False, timeout=patience)
+        holders = [] if launcher_keeps_store() else [0]
+        keeper = f"{'rank 0' if holders else 'the launcher'} on {address}"
+        board = Board(store, context.rank, world_size, keeper=keeper)
+        if context.rank == 0:
+            board.clear()
+    # Nobody is beyond this before the board is clear.
+    peers = [
+        Process(**peer) for peer in all_gather_json(dataclasses.asdict(this_process()), context)
+    ]
     return Watchdog(
         context.rank,
-        world_size,
-        deadlines_s={phase: 60 * minutes for phase, minutes in deadlines.items()},
-        otherwise_s=60 * context.timeout_minutes,
+        deadlines=deadlines,
         limit_collectives=limit_collectives,
-        store=store,
-        keeper=keeper,
+        board=board,
+        peers=peers,
+        holders=holders,
+        # The own launcher does that itself, and at once.
+        kills=not started_by_own_launcher(),
     )
 
 

@@ -2,108 +2,94 @@
 
 import contextlib
 import faulthandler
-import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Protocol
+from typing import Final
 
-from osft_mcore.errors import DeadlinePassed
+from osft_mcore.errors import DeadlinePassed, NothingLeft, Stopped
+from osft_mcore.parallel.board import (
+    LEFT,
+    Board,
+    BoardLost,
+    Ending,
+    Place,
+    Sign,
+    compared,
+    describe,
+)
+from osft_mcore.parallel.deadlines import BETWEEN, IDLE, Deadlines, Limit
+from osft_mcore.parallel.peers import Process, signal_process
 
 BEAT_S: Final = 1.0
 """Between two signs of life of a rank."""
 SILENT_S: Final = 3.5
 """Without one for so long it is dead or frozen, or its host is gone."""
+REMIND_S: Final = 60.0
+"""After so long in a phase, or after a tenth of its deadline, ranks that are missing are named."""
+PARTING_S: Final = 1.5
+"""From saying that the run ends to ending: all see it, and print their stacks."""
 LAST_RESORT_S: Final = 5.0
 """After a deadline: a thread of Python waits for ever where C code keeps the interpreter's lock;
 this one does not, but it knows no names."""
-
-
-IDLE: Final = "idle"
-"""A phase without a deadline: ranks wait for work."""
-FOR_EVER_S: Final = 30 * 24 * 3600.0
-"""Timers take no infinity."""
-BETWEEN: Final = "what comes between phases"
-"""Nothing there takes long."""
+STACKS: Final = signal.SIGUSR2
+"""What a process that is watched prints its stacks at, whoever keeps the interpreter's lock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a rank is. Phases are counted from the start of the process; ranks pass the same."""
+class Stay:
+    """In a phase, or between two."""
 
-    host: str
-    phase: str
-    number: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """What a rank has made known."""
-
-    rank: int
     place: Place
-    silent: bool
-
-
-class Store(Protocol):
-    """The part of torch's key-value store that is used here."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Overwrites."""
-        ...
-
-    def get(self, key: str, /) -> bytes:
-        """Waits for the key."""
-        ...
-
-    def check(self, keys: list[str], /) -> bool:
-        """Whether all are there."""
-        ...
+    limit: Limit
+    since: float
+    """By the monotonic clock."""
 
 
 class Watchdog:
     """Limits how long phases take; a thread beside the main one, on every rank.
 
-    When a phase is over its deadline the ranks that are missing are named, all stacks of this
-    process are printed, and it ends with DeadlinePassed.exit_code. Does nothing unless entered.
+    Ranks that are missing for long are named, once. When a phase is over its deadline on one rank,
+    all print their stacks and end with DeadlinePassed.exit_code. Does nothing unless entered.
     """
 
     def __init__(
         self,
         rank: int,
-        world_size: int,
         *,
-        deadlines_s: Mapping[str, float],
-        otherwise_s: float,
+        deadlines: Deadlines,
         limit_collectives: Callable[[float], None],
-        store: Store | None,
-        keeper: str = "the launcher",
+        board: Board | None,
+        peers: Sequence[Process] = (),
+        holders: Collection[int] = (),
+        kills: bool = False,
     ) -> None:
-        """Seconds by phase, `otherwise_s` for others and in between.
+        """`limit_collectives` is called with the seconds of each phase that is entered, and some
+        more: they fail where this cannot help. `board` None: this rank is alone.
 
-        `limit_collectives` is called with the seconds of each phase that is entered, and some more:
-        they fail where this cannot help. `store`, which no other thread uses, is where ranks make
-        themselves known, and `keeper` who has it; None: this one is alone.
+        `peers`: the processes of all ranks. `holders`: ranks that are silent if the board is lost.
+        `kills`: silent ranks of this machine, as the run ends; their launcher would wait for them.
         """
-        self._rank, self._world_size, self._store = rank, world_size, store
-        self._keeper, self._lost = keeper, ""
-        self._deadlines_s, self._otherwise_s = deadlines_s, otherwise_s
-        self._limit_collectives = limit_collectives
-        self._place = Place(host=socket.gethostname(), phase=BETWEEN, number=0)
-        self._entered_at, self._limit_s = time.monotonic(), otherwise_s
-        self._lock = threading.Lock()
+        self._rank, self._board, self._peers = rank, board, peers
+        self._deadlines, self._limit_collectives = deadlines, limit_collectives
+        self._holders, self._kills = list(holders), kills
+        place = Place(host=socket.gethostname(), phase=BETWEEN, number=0)
+        self._stay = Stay(place=place, limit=deadlines.limit(BETWEEN), since=time.monotonic())
         self._ended = threading.Event()
-        self._beats = 0
         self._on = False
+        self._looked_at, self._signs = time.monotonic(), dict[int, Sign]()
+        self._told: tuple[int, set[str]] = (0, set())
 
     def __enter__(self) -> "Watchdog":
         self._on = True
-        self._arm(self._place, self._otherwise_s)
+        faulthandler.register(STACKS, file=sys.__stderr__ or sys.stderr)
+        self._enter(BETWEEN)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -114,13 +100,16 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if any(isinstance(one, RuntimeError) for one in (error, error and error.__cause__)):
-            # It may be a collective that lost a peer.
-            sys.stderr.write("".join(f"{line}\n" for line in self.missing().splitlines()))
         self._on = False
         self._ended.set()
         self._thread.join()
+        if any(isinstance(one, RuntimeError) for one in (error, error and error.__cause__)):
+            # It may be a collective that lost a peer.
+            self._say_failed()
+        elif error is None or isinstance(error, Stopped | NothingLeft):
+            self._show(Place(host=self._stay.place.host, phase=LEFT, number=0))
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(STACKS)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -128,114 +117,146 @@ class Watchdog:
 
         What fails inside stays in it, for `missing`.
         """
-        host, number = self._place.host, self._place.number
-        self._arm(
-            Place(host=host, phase=name, number=number + 1),
-            FOR_EVER_S if name == IDLE else self._deadlines_s.get(name, self._otherwise_s),
-        )
+        self._enter(name)
         yield
-        self._arm(Place(host=host, phase=BETWEEN, number=number + 1), self._otherwise_s)
+        self._enter(BETWEEN)
 
     def missing(self) -> str:
-        """Which ranks do not answer, or are not here yet; takes a few seconds. Empty: none.
+        """Which ranks do not answer, or are not here yet; takes a few seconds. Empty: none."""
+        return self._look(self._stay.place)[1]
 
-        Without a store it says that there is none.
-        """
-        if self._store is None:
-            return self._lost
+    def _look(self, here: Place) -> tuple[list[int], str]:
+        """The silent ranks, and what `missing` says."""
+        if self._board is None:
+            return [], ""
         try:
-            before = self._beats_of_all()
+            before = self._board.look()
             until = time.monotonic() + SILENT_S
             while time.monotonic() < until:
                 # Others look for this one meanwhile.
-                self._make_known()
+                self._board.show(self._stay.place)
                 time.sleep(BEAT_S / 2)
-            return describe(self._place, self._seen(before), rank=self._rank)
-        except RuntimeError as error:
-            return self._store_lost(error)
+            seen = compared(before, self._board.look())
+        except BoardLost as lost:
+            return self._holders, str(lost)
+        silent = [one.rank for one in seen if one.silent and one.place.phase != LEFT]
+        return silent, describe(here, seen, rank=self._rank)
 
-    def _store_lost(self, error: RuntimeError) -> str:
-        text = " ".join(str(error).split())[:120]
-        return f"the store of {self._keeper} does not answer, as if that were gone ({text})"
-
-    def _arm(self, place: Place, limit_s: float) -> None:
-        with self._lock:
-            self._place, self._limit_s = place, limit_s
-            self._entered_at = time.monotonic()
+    def _enter(self, phase: str) -> None:
+        left, now = self._stay, time.monotonic()
+        place = Place(host=left.place.host, phase=phase, number=left.place.number + 1)
+        if self._on:
+            self._deadlines.note(left.place.phase, now - left.since)
+        limit = self._deadlines.limit(phase)
+        self._stay = Stay(place=place, limit=limit, since=now)
         if not self._on:
             return
-        self._make_known()
-        self._limit_collectives(limit_s + SILENT_S + 2 * LAST_RESORT_S)
+        self._show(place)
+        self._limit_collectives(limit.seconds + SILENT_S + 2 * LAST_RESORT_S)
         faulthandler.dump_traceback_later(
-            limit_s + SILENT_S + LAST_RESORT_S, exit=True, file=sys.__stderr__ or sys.stderr
+            limit.seconds + SILENT_S + LAST_RESORT_S,
+            exit=True,
+            file=sys.__stderr__ or sys.stderr,
         )
+
+    def _show(self, place: Place) -> None:
+        with contextlib.suppress(BoardLost):
+            if self._board is not None:
+                self._board.show(place)
 
     def _watch(self) -> None:
         while not self._ended.wait(BEAT_S):
-            self._make_known()
-            with self._lock:
-                place, limit_s = self._place, self._limit_s
-                late = time.monotonic() - self._entered_at > limit_s
-            if late:
-                self._end(place, limit_s)
+            self._show(self._stay.place)
+            if (ending := self._announced()) is not None:
+                self._end(ending)
+            stay = self._stay
+            if time.monotonic() - stay.since > stay.limit.seconds:
+                self._end_late(stay)
+            elif self._rank <= 1 and stay.place.phase != IDLE:
+                self._remind(stay)
 
-    def _make_known(self) -> None:
-        """Also from the main thread, as soon as it comes to a phase."""
-        with self._lock:
-            if self._store is None:
-                return
-            self._beats += 1
-            try:
-                self._store.set(f"watchdog/place/{self._rank}", json.dumps(asdict(self._place)))
-                self._store.set(f"watchdog/beats/{self._rank}", str(self._beats))
-            except RuntimeError as error:
-                self._store, self._lost = None, self._store_lost(error)
-                sys.stderr.write(
-                    f"[rank {self._rank}] {self._lost}; ranks that are lost from here on cannot be "
-                    "named\n"
-                )
+    def _announced(self) -> Ending | None:
+        with contextlib.suppress(BoardLost):
+            return None if self._board is None else self._board.ending()
+        return None
 
-    def _end(self, place: Place, limit_s: float) -> None:
-        missing = self.missing()
-        sys.stderr.write(
-            f"[rank {self._rank}] {place.phase} is not over after {limit_s / 60:g} minutes "
-            f"(deadlines.{_option(place.phase)}); the run ends\n"
-            f"{missing or 'all other ranks are in it, too'}\n"
+    def _remind(self, stay: Stay) -> None:
+        """Name, once a phase, who keeps others waiting. Rank 0 does, and rank 1 names rank 0."""
+        now = time.monotonic()
+        after_s = max(SILENT_S, min(REMIND_S, stay.limit.seconds / 10))
+        if self._board is None or now - self._looked_at < after_s:
+            return
+        try:
+            before, self._signs = self._signs, self._board.look()
+        except BoardLost:
+            return
+        self._looked_at = now
+        if now - stay.since < after_s:
+            return
+        text = describe(stay.place, compared(before, self._signs), rank=self._rank)
+        lines = [line for line in text.splitlines() if not self._rank or line.startswith("rank 0 ")]
+        told = self._told[1] if self._told[0] == stay.place.number else set()
+        if new := [line for line in lines if line not in told]:
+            sys.stderr.write(
+                f"[rank {self._rank}] in {stay.place.phase} for {now - stay.since:.0f} s; the run "
+                f"ends after {stay.limit.minutes}\n" + "".join(f"{line}\n" for line in new)
+            )
+        self._told = (stay.place.number, told | set(lines))
+
+    def _say_failed(self) -> None:
+        """The ranks that are missing; those that still wait in a collective end, too."""
+        silent, missing = self._look(self._stay.place)
+        sys.stderr.write("".join(f"{line}\n" for line in missing.splitlines()))
+        text = f"rank {self._rank} failed in {self._stay.place.phase}; the run ends\n{missing}"
+        self._tell(Ending(rank=self._rank, text=text.strip(), silent=silent))
+        self._signal(silent, signal.SIGKILL)
+
+    def _end_late(self, stay: Stay) -> None:
+        silent, missing = self._look(stay.place)
+        if self._stay is not stay:
+            # The main thread got through meanwhile.
+            return
+        text = (
+            f"{stay.place.phase} is not over after {stay.limit.minutes} ({stay.limit.option}); the "
+            f"run ends\n{missing or 'all other ranks are in it, too'}"
         )
+        self._end(Ending(rank=self._rank, text=text, silent=silent))
+
+    def _end(self, ending: Ending) -> None:
+        """This process, and on this machine, if nobody else does it, those that cannot."""
+        mine = ending.rank == self._rank
+        said = "" if mine else f"rank {ending.rank} says: "
+        sys.stderr.write(f"[rank {self._rank}] {said}{ending.text}\n")
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+        if mine:
+            self._tell(ending)
+        acts = mine or self._speaks_here(ending)
+        if acts:
+            self._signal(ending.silent, STACKS)
+        time.sleep(PARTING_S)
+        if acts:
+            self._signal(ending.silent, signal.SIGKILL)
         os._exit(DeadlinePassed.exit_code)
 
-    def _beats_of_all(self) -> dict[int, bytes]:
-        with self._lock:
-            store, names = self._store, [f"watchdog/beats/{r}" for r in range(self._world_size)]
-            if store is None:
-                return {}
-            return {rank: store.get(name) for rank, name in enumerate(names) if store.check([name])}
+    def _tell(self, ending: Ending) -> None:
+        with contextlib.suppress(BoardLost):
+            if self._board is not None:
+                self._board.announce(ending)
 
-    def _seen(self, before: Mapping[int, bytes]) -> list[Seen]:
-        now, found = self._beats_of_all(), []
-        with self._lock:
-            for rank in now:
-                assert self._store is not None, "beats were read from it"
-                place = Place(**json.loads(self._store.get(f"watchdog/place/{rank}")))
-                found.append(Seen(rank=rank, place=place, silent=now[rank] == before.get(rank)))
-        return found
+    def _speaks_here(self, ending: Ending) -> bool:
+        """Whether this is the first rank of a machine where the one that ends the run is not."""
+        if not self._peers:
+            return False
+        here = self._peers[self._rank].machine
+        ours = [rank for rank, peer in enumerate(self._peers) if peer.machine == here]
+        alive = [rank for rank in ours if rank not in ending.silent]
+        return ending.rank not in ours and alive[:1] == [self._rank]
 
-
-def describe(here: Place, seen: Sequence[Seen], *, rank: int) -> str:
-    """The ranks that `rank`, which is `here`, waits for, a line each; empty if there are none."""
-    lines = []
-    for other in seen:
-        if other.rank == rank:
-            continue
-        was = f"rank {other.rank} (host {other.place.host})"
-        where = other.place.phase
-        if other.silent:
-            lines.append(f"{was} does not answer: killed, frozen, or cut off; last seen in {where}")
-        elif other.place.number < here.number:
-            lines.append(f"{was} has not come: it is in {where}")
-    return "\n".join(lines)
-
-
-def _option(phase: str) -> str:
-    return "start" if phase == BETWEEN else phase
+    def _signal(self, ranks: Sequence[int], number: signal.Signals) -> None:
+        if number == signal.SIGKILL and not self._kills:
+            return
+        for rank in ranks:
+            if rank == self._rank or rank >= len(self._peers):
+                continue
+            if signal_process(self._peers[rank], number):
+                sys.stderr.write(f"[rank {self._rank}] {number.name} to rank {rank}\n")

@@ -88,7 +88,8 @@ class StepEdge:
         if self._every > 0 and (step % self._every == 0 or step == self._num_steps):
             self._is_due = True
         if reason:
-            self._checkpoints.save_now(step, self._state(state), expire=sound)
+            with self._clock("save"):
+                self._checkpoints.save_now(step, self._state(state), expire=sound)
             raise Stopped(
                 f"{reason}; stopped after step {step} of {self._num_steps} and saved it; "
                 f"{self._go_on}"

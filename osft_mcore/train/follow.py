@@ -10,8 +10,8 @@ from osft_mcore.config.schema import RunConfig
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import RunFolder
+from osft_mcore.parallel.deadlines import IDLE
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
-from osft_mcore.parallel.watchdog import IDLE
 from osft_mcore.train.inputs import load_chat_tokenizer, load_held_out
 from osft_mcore.train.sampler import BuildEngine, fill_engine
 from osft_mcore.train.scored import Scored

@@ -157,27 +157,30 @@ class AsyncScores:
 
     def finish(self, hurry: Callable[[], str]) -> None:
         """Wait, at most evaluation.wait_minutes; then nothing is left of the snapshots."""
-        if not self._leads:
-            return
+        # On every rank: only one has something to wait for, but phases are the same everywhere.
+        with self.scoring.clock("wait"):
+            if self._leads:
+                self._wait(hurry)
+
+    def _wait(self, hurry: Callable[[], str]) -> None:
         announced = self._announce_end()
         limit = 60 * self.config.evaluation.wait_minutes
         began = reminded = time.monotonic()
-        with self.scoring.clock("wait"):
-            while True:
-                self.drain()
-                why = hurry()
-                if not why and time.monotonic() - began >= limit:
-                    why = f"not there after evaluation.wait_minutes = {limit / 60:g}"
-                if why or not self.pending:
-                    break
-                if reminded == began or time.monotonic() - reminded >= REMIND_S:
-                    reminded = time.monotonic()
-                    self._say_waiting(limit - (reminded - began))
-                time.sleep(POLL_S)
-            if self.evaluator is not None:
-                if announced and not self.pending:
-                    self.evaluator.leave()
-                self.evaluator.end()
+        while True:
+            self.drain()
+            why = hurry()
+            if not why and time.monotonic() - began >= limit:
+                why = f"not there after evaluation.wait_minutes = {limit / 60:g}"
+            if why or not self.pending:
+                break
+            if reminded == began or time.monotonic() - reminded >= REMIND_S:
+                reminded = time.monotonic()
+                self._say_waiting(limit - (reminded - began))
+            time.sleep(POLL_S)
+        if self.evaluator is not None:
+            if announced and not self.pending:
+                self.evaluator.leave()
+            self.evaluator.end()
         self.unscored |= dict.fromkeys(self.pending, why)
         try:
             clear(self.queue)

@@ -129,6 +129,7 @@ def lived(scores: AsyncScores, rank: int, context: ParallelContext) -> Json:
     scores.ask(8, 1.0)
     scores.finish(lambda: "")
     # Both are here: neither has waited for the other in vain.
+    told["waited"] = "wait" in scores.scoring.clock.totals
     told["ranks"] = all_gather_json(rank, context)
     told["unscored"] = {step: reason for (step, _), reason in scores.unscored.items()}
     told["left"] = scores.queue.exists()
@@ -199,6 +200,8 @@ def test_both_ranks_go_on_whatever_becomes_of_the_evaluator(tmp_path: Path) -> N
     start, out = write_start(tmp_path), tmp_path / "run"
     first, second = run_ranks(life, 2, start=start, out=out)
     assert first["ranks"] == second["ranks"] == [0, 1]
+    assert first["waited"]
+    assert second["waited"], "every rank passes the same phases"
     assert first["waiting"] == [(0, False), (2, True)], "step 4 had no room"
     weights = load_file(start[1] / "model.safetensors")
     assert set(weights) == set(first["snapshot"])

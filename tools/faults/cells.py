@@ -8,14 +8,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from osft_mcore.data.arithmetic import ArithmeticTask, TinyModel, write_arithmetic
+
 Fault = Literal["SIGKILL", "SIGSTOP"]
+Launcher = Literal["osft", "torchrun"]
+LAUNCHERS: Final[dict[Launcher, tuple[str, ...]]] = {
+    "osft": (),
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+}
+"""What comes between Python and the program."""
 FAULTS: Final[tuple[Fault, ...]] = ("SIGKILL", "SIGSTOP")
 PHASES: Final = ("rollout", "train", "sync", "evaluate", "save")
 LAYOUTS: Final = {
@@ -23,7 +31,10 @@ LAYOUTS: Final = {
     "pp2": ("parallel.pp=2", "rollout.tp=2"),
 }
 NUM_RANKS: Final = 2
+AFTER_DEADLINE_S: Final = 10.0
+"""The promise: by then no process of the run is left."""
 START_S: Final = 180.0
+TASK: Final = ArithmeticTask(num_sft=16, num_train=4096, num_eval=128)
 POLL_S: Final = 0.0005
 
 
@@ -31,6 +42,7 @@ POLL_S: Final = 0.0005
 class Cell:
     """A fault, and what came of it."""
 
+    launcher: Launcher
     layout: str
     phase: str
     rank: int
@@ -41,11 +53,31 @@ class Cell:
     told: str
     """The line that names the rank; empty if none does."""
 
+    def is_broken(self, deadline_s: float) -> bool:
+        """Whether a promise was: the end comes in time, as a failure, and says who was lost."""
+        return self.seconds > deadline_s + AFTER_DEADLINE_S or self.code == 0 or not self.told
+
+
+def make_inputs(folder: Path) -> list[str]:
+    """A tiny model with random weights, sums to answer, and the options of the runs."""
+    files = write_arithmetic(folder, TASK, TinyModel())
+    return [
+        f"model.path={files.model}", "model.init=random", "model.dtype=fp32",
+        f"data.train={folder / 'train.parquet'}",
+        f"evaluation.files=[{folder / 'eval.parquet'}]",
+        "evaluation.every=1", "evaluation.max_problems=64", "evaluation.num_samples=2",
+        "evaluation.before=false", "train.steps=1000", "train.prompts_per_step=64",
+        "train.prompts_per_update=32", "train.micro_batch_size=8", "rollout.max_prompt_tokens=32",
+        "rollout.max_response_tokens=64", "rollout.kv_cache_gib=0.1", "checkpoint.every=1",
+        "checkpoint.async=false", "report.at_end=false", "report.every_minutes=0",
+    ]  # fmt: skip
+
 
 def run_cell(
     folder: Path,
     inputs: Sequence[str],
     *,
+    launcher: Launcher,
     layout: str,
     phase: str,
     rank: int,
@@ -59,23 +91,25 @@ def run_cell(
     """
     limits = [f"deadlines.{name}={deadline_s / 60}" for name in PHASES]
     command = [
-        sys.executable, "-m", "osft_mcore.cli", "train", f"output_dir={folder}", *inputs,
-        *LAYOUTS[layout], *limits, f"checkpoint.timeout_minutes={deadline_s / 120}",
+        sys.executable, *LAUNCHERS[launcher], "-m", "osft_mcore.cli", "train",
+        f"output_dir={folder}", *inputs, *LAYOUTS[layout], *limits,
+        f"checkpoint.timeout_minutes={deadline_s / 120}",
     ]  # fmt: skip
     folder.mkdir(parents=True)
     log = folder / "log"
-    with _started(command, log) as launcher:
-        ranks = _ranks_in(launcher, phase, rank)
+    with _started(command, log) as started:
+        ranks = _ranks_in(started, phase, rank)
         os.kill(ranks[rank], getattr(signal, fault))
         began = time.monotonic()
-        code = launcher.wait(timeout=deadline_s + START_S)
+        code = started.wait(timeout=deadline_s + START_S)
         while any(_lives(pid) for pid in ranks.values()):
             time.sleep(POLL_S)
         seconds = time.monotonic() - began
     told = _naming(log.read_text(encoding="utf-8", errors="replace"), rank)
     return Cell(
-        layout=layout, phase=phase, rank=rank, fault=fault, seconds=seconds, code=code, told=told
-    )
+        launcher=launcher, layout=layout, phase=phase, rank=rank, fault=fault, seconds=seconds,
+        code=code, told=told,
+    )  # fmt: skip
 
 
 def _naming(text: str, rank: int) -> str:
@@ -92,9 +126,13 @@ def _started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byt
         try:
             yield process
         finally:
-            # Its ranks end with it.
+            # Ranks of `osft` end with it; torchrun's do not.
+            ranks = _ranks_of(process.pid) if process.poll() is None else {}
             process.kill()
             process.wait()
+            for pid in ranks.values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def _ranks_in(launcher: subprocess.Popen[bytes], phase: str, rank: int) -> dict[int, int]:
@@ -108,7 +146,7 @@ def _ranks_in(launcher: subprocess.Popen[bytes], phase: str, rank: int) -> dict[
             ranks = _ranks_of(launcher.pid)
             time.sleep(0.1)
             continue
-        store = store or TCPStore("127.0.0.1", _port(ranks[0]), None, False)
+        store = store or _store(ranks[0])
         name = f"watchdog/place/{rank}"
         place = json.loads(store.get(name)) if store.check([name]) else {}
         if place.get("phase") == phase:
@@ -129,8 +167,10 @@ def _ranks_of(launcher: int) -> dict[int, int]:
     return found
 
 
-def _port(pid: int) -> int:
-    return int(_environment(pid)["MASTER_PORT"])
+def _store(pid: int) -> TCPStore:
+    """Where the ranks make themselves known."""
+    environment = _environment(pid)
+    return TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), None, False)
 
 
 def _environment(pid: int) -> dict[str, str]:

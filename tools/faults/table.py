@@ -13,12 +13,13 @@ def as_table(cells: Sequence[Cell], *, deadline_s: float) -> str:
     lines = [
         f"Every phase had a deadline of {deadline_s:g} s.",
         "",
-        "| layout | phase | rank | fault | run ended after | exit code | what the run said |",
-        "|---|---|---|---|---|---|---|",
+        "| launcher | layout | phase | rank | fault | run ended after | exit code | "
+        "what the run said |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {c.layout} | {c.phase} | {c.rank} | {c.fault} | {c.seconds:.1f} s | {c.code} | "
-        f"{c.told or 'nothing'} |"
+        f"| {c.launcher} | {c.layout} | {c.phase} | {c.rank} | {c.fault} | {c.seconds:.1f} s | "
+        f"{c.code} | {c.told or 'nothing'} |"
         for c in cells
     ]
     return "\n".join(lines) + "\n"
