@@ -28,7 +28,7 @@ from osft_mcore.plan.speed import (
     rollout_seconds,
 )
 from osft_mcore.plan.stages import Stage, stages
-from osft_mcore.rollout.vllm_layout import engine_layouts
+from osft_mcore.rollout.vllm_layout import shard_layouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +165,7 @@ def _lengths(config: RunConfig, response_tokens: float | None) -> Lengths:
 def _engine(run: _Run) -> EngineMemory | None:
     if not samples(run.phase):
         return None
-    layouts = engine_layouts(run.shape, run.topology)[0]
+    layouts = shard_layouts(run.shape, tp=run.topology.rollout_tp, tp_rank=0)
     return engine_memory(run.shape, layouts, run.config.rollout, run.gpu, itemsize=run.itemsize)
 
 

@@ -11,9 +11,12 @@ from osft_mcore.weights.params import vllm_layouts
 
 def engine_layouts(shape: ModelShape, topology: Topology) -> dict[int, Mapping[str, Layout]]:
     """Layouts of every rank's engine parameters, by global rank and vLLM name."""
-    padded = -(-shape.vocab // VOCAB_PADDING) * VOCAB_PADDING
-    by_tp_rank = [
-        vllm_layouts(shape, tp=topology.rollout_tp, tp_rank=tp_rank, vocab_padded=padded)
-        for tp_rank in range(topology.rollout_tp)
-    ]
+    tp = topology.rollout_tp
+    by_tp_rank = [shard_layouts(shape, tp=tp, tp_rank=tp_rank) for tp_rank in range(tp)]
     return {place.rank: by_tp_rank[place.rollout_tp_rank] for place in topology.all_coordinates()}
+
+
+def shard_layouts(shape: ModelShape, *, tp: int, tp_rank: int) -> Mapping[str, Layout]:
+    """Layouts of one tensor-parallel rank, by vLLM name."""
+    padded = -(-shape.vocab // VOCAB_PADDING) * VOCAB_PADDING
+    return vllm_layouts(shape, tp=tp, tp_rank=tp_rank, vocab_padded=padded)
