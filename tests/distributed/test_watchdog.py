@@ -35,6 +35,8 @@ DEADLINE_S: Final = 1.0
 LONG_S: Final = 1000.0
 CODE: Final = DeadlinePassed.exit_code
 Store = TCPStore
+# A rank that does not end is what these tests are about.
+pytestmark = pytest.mark.timeout(60)
 
 
 def watched(
