@@ -62,8 +62,8 @@ def lose(how: str) -> None:
     elif how == "failed":
         raise RuntimeError("as a collective does")
     elif how == "locked":
-        # A call that keeps the interpreter's lock.
-        ctypes.PyDLL(None).sleep(int(LONG_S))
+        # A call that keeps the interpreter's lock, and that a signal does not end.
+        ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
     time.sleep(LONG_S)
 
 
@@ -72,9 +72,14 @@ def pass_and_wait(rank: int, store: Store, how: str, *, lost: int = 2, **options
     with watched(rank, store, **options) as watch:  # type: ignore[arg-type]
         with watch.phase("rollout"):
             if rank == lost and how == "late":
+                store.set("lost", "")
                 lose(how)
+            # Else, on a busy machine, their deadline may be over before it comes to be lost.
+            while rank != lost and not store.check(["lost"]):
+                time.sleep(0.01)
         with watch.phase("train"):
             if rank == lost:
+                store.set("lost", "")
                 lose(how)
             time.sleep(LONG_S)
 
