@@ -1,6 +1,7 @@
 """The presets of conf/experiment: short, planned without weights, with the right dimensions."""
 
 import json
+import operator
 import re
 from pathlib import Path
 
@@ -39,6 +40,58 @@ def test_every_preset_is_planned_without_gpu_weights_or_data(
     if not preset.startswith("arithmetic"):
         assert "the model's dimensions are those of" in plan
         assert ("# Weights to vLLM" in plan) == (phase == "train")
+
+
+SEPT = {
+    # sept_1e7_dsr.sh, and what it leaves to the defaults of its framework (whose top_k -1 is our 0).
+    "algorithm.objective": "cross_entropy", "algorithm.follow_tau_sample": False, "algorithm.tau_train": 1.0,
+    "algorithm.kl_coef": 0.0, "rollout.tau_sample": 0.6, "rollout.annealing.mode": "linear",
+    "rollout.annealing.end_tau": 1.0, "rollout.annealing.epochs": 2, "rollout.num_samples": 1,
+    "rollout.top_p": 1.0, "rollout.top_k": 0, "rollout.max_prompt_tokens": 1024,
+    "rollout.max_response_tokens": 3072, "train.epochs": 3, "train.prompts_per_step": 128,
+    "train.prompts_per_update": 64, "train.micro_batch_size": 4, "train.lr": 1e-7,
+    "train.lr_schedule": "constant", "train.lr_warmup_steps": 10, "train.weight_decay": 0.01,
+    "train.beta1": 0.9, "train.beta2": 0.999, "train.eps": 1e-8, "train.clip_grad": 1.0,
+    "evaluation.files": ("math500", "amc23", "aime", "aime25", "olympiadbench", "minerva"),
+    "evaluation.every": 50, "evaluation.num_samples": 32, "evaluation.temperature": 1.0,
+    "checkpoint.every": 300,
+}  # fmt: skip
+GENERAL = SEPT | {"rollout.tau_sample": 0.9}
+PAPER: dict[str, dict[str, object]] = {
+    "sept_qwen2.5_math_7b": SEPT,
+    "sept_deepseek_math_7b_instruct": SEPT,
+    "sept_qwen2.5_7b": GENERAL,
+    "sept_qwen2.5_7b_instruct": GENERAL,
+    "sept_llama3.1_8b_instruct": GENERAL,
+    "sept_llama3_70b_instruct": GENERAL | {"train.micro_batch_size": 1},
+    "coupled_qwen2.5_math_7b": SEPT | {"algorithm.follow_tau_sample": True},
+    "em_ft_qwen2.5_math_7b": SEPT
+    | {
+        "algorithm.objective": "entropy", "algorithm.follow_tau_sample": True,
+        "algorithm.entropy_coef": 1.0, "rollout.tau_sample": 1.0, "rollout.annealing.mode": "off",
+        "checkpoint.every": 50,
+    },
+    "osft_qwen2.5_math_7b": SEPT
+    | {
+        "rollout.annealing.mode": "off", "train.epochs": 1,
+        "evaluation.files": ("math500", "amc", "aime", "aime25", "olympiadbench", "minerva"),
+        "evaluation.every": 10, "evaluation.num_samples": 8, "checkpoint.every": 100,
+    },
+    "offline_qwen2.5_math_7b": {
+        "train.epochs": 3, "train.prompts_per_step": 128, "train.prompts_per_update": 128,
+        "train.micro_batch_size": 4, "train.lr": 1e-5, "train.lr_schedule": "cosine",
+        "train.lr_warmup_steps": 9, "train.weight_decay": 0.01, "train.beta1": 0.9,
+        "train.beta2": 0.95, "train.eps": 1e-8, "train.clip_grad": 1.0, "checkpoint.every": 50,
+    },
+}  # fmt: skip
+"""By preset: what its script or the paper says, read there and not from our files."""
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_the_numbers_are_those_of_the_paper(preset: str) -> None:
+    config = load_config([f"experiment={preset}"])
+    found = {name: operator.attrgetter(name)(config) for name in PAPER[preset]}
+    assert found == PAPER[preset]
 
 
 @pytest.mark.parametrize(
