@@ -88,6 +88,7 @@ class StepEdge:
         if self._every > 0 and (step % self._every == 0 or step == self._num_steps):
             self._is_due = True
         if reason:
+            self._settle()
             with self._clock("save"):
                 self._checkpoints.save_now(step, self._state(state), expire=sound)
             raise Stopped(
@@ -96,6 +97,7 @@ class StepEdge:
             )
         if self._is_due and (sound or step == self._num_steps):
             self._is_due = False
+            self._settle()
             with self._clock("save"):
                 self._checkpoints.save(step, self._state(state), expire=sound)
         self._began = time.monotonic()
@@ -106,6 +108,11 @@ class StepEdge:
         A run that is killed from here on does only the rest again; with checkpoint.every = 0, all.
         """
         self._signals.promise = "what is left to do after the last step is done first"
+        self._settle()
+
+    def _settle(self) -> None:
+        # A stay of its own: a save may take checkpoint.timeout_minutes, and two in one stay might
+        # take longer than deadlines.save, which is held against one.
         with self._clock("save"):
             self._checkpoints.settle()
 

@@ -1,6 +1,9 @@
 """A save that fails is told on all ranks, counted, and leaves what was saved before."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,27 @@ from ranks import run_ranks
 from osft_mcore.actor.actor import Actor
 from osft_mcore.checkpoint.folder import checkpoints_in
 from osft_mcore.checkpoint.manifest import problems_of
-from osft_mcore.config.schema import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
-from osft_mcore.errors import CheckpointError
+from osft_mcore.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from osft_mcore.errors import CheckpointError, Stopped
 from osft_mcore.log.console import Console
+from osft_mcore.log.metrics import Clock
 from osft_mcore.parallel.groups import join_groups
+from osft_mcore.parallel.stop import STOP_FILE
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.train import checkpoints as module
 from osft_mcore.train.checkpoints import Checkpoints
+from osft_mcore.train.edge import StepEdge
 from osft_mcore.train.start import build_actor
 
 TP2 = Topology(tp=2, pp=1, dp=1)
 MIB = 2**20
+SLOW_S = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +191,49 @@ def test_a_full_disk_is_told_before_anything_is_written(
     kept = checkpoints_in(small_disk / "checkpoints")
     assert [path.name for path in kept] == ["step_4", "step_1"]
     assert all(problems_of(path, hashes=True) == [] for path in kept)
+
+
+def stopped_while_saving(rank: int, model: Path, out: Path) -> list[float]:
+    """Told to stop while a slow save goes on: seconds of each stay in `save`."""
+    actor, stays = make_actor(model), list[float]()
+    config = RunConfig(
+        output_dir=str(out),
+        model=ModelConfig(path=str(model)),
+        # Any file: the edge keeps its digest.
+        data=DataConfig(train=str(model / "config.json")),
+        checkpoint=CheckpointConfig(every=1),
+    )
+    real = module.write_part
+
+    def write_part(building: Path, part: Any) -> None:
+        time.sleep(SLOW_S * (building.name == "step_1.tmp"))
+        real(building, part)
+
+    @contextmanager
+    def within(phase: str) -> Iterator[None]:
+        assert phase == "save"
+        began = time.monotonic()
+        yield
+        stays.append(time.monotonic() - began)
+
+    module.write_part = write_part
+    checkpoints = make(rank, actor, out / "checkpoints")
+    edge = StepEdge(
+        config, "train", 9, actor=actor, checkpoints=checkpoints, clock=Clock(within=within)
+    )
+    with pytest.raises(Stopped, match="stopped after step 2 of 9 and saved it"), edge.listening():
+        edge.passed(1, sound=True)
+        stays.clear()
+        (out / STOP_FILE).touch()
+        edge.passed(2, sound=True)
+    return stays
+
+
+def test_a_run_that_stops_has_a_whole_limit_for_its_last_save(model: Path, tmp_path: Path) -> None:
+    """The save before it, in the background, has had its own time."""
+    for before, last in run_ranks(stopped_while_saving, 2, model=model, out=tmp_path):
+        assert before > SLOW_S / 2 > last
+    assert [folder.name for folder in checkpoints_in(tmp_path / "checkpoints")] == [
+        "step_2",
+        "step_1",
+    ]

@@ -43,15 +43,16 @@ def test_every_preset_is_planned_without_gpu_weights_or_data(
 
 
 SEPT = {
-    # sept_1e7_dsr.sh, and what it leaves to the defaults of its framework (whose top_k -1 is our 0).
-    "algorithm.objective": "cross_entropy", "algorithm.follow_tau_sample": False, "algorithm.tau_train": 1.0,
-    "algorithm.kl_coef": 0.0, "rollout.tau_sample": 0.6, "rollout.annealing.mode": "linear",
-    "rollout.annealing.end_tau": 1.0, "rollout.annealing.epochs": 2, "rollout.num_samples": 1,
-    "rollout.top_p": 1.0, "rollout.top_k": 0, "rollout.max_prompt_tokens": 1024,
-    "rollout.max_response_tokens": 3072, "train.epochs": 3, "train.prompts_per_step": 128,
-    "train.prompts_per_update": 64, "train.micro_batch_size": 4, "train.lr": 1e-7,
-    "train.lr_schedule": "constant", "train.lr_warmup_steps": 10, "train.weight_decay": 0.01,
-    "train.beta1": 0.9, "train.beta2": 0.999, "train.eps": 1e-8, "train.clip_grad": 1.0,
+    # sept_1e7_dsr.sh, and what it leaves to the defaults of its framework (whose top_k -1 is our 0)
+    "algorithm.objective": "cross_entropy", "algorithm.follow_tau_sample": False,
+    "algorithm.tau_train": 1.0, "algorithm.kl_coef": 0.0, "rollout.tau_sample": 0.6,
+    "rollout.annealing.mode": "linear", "rollout.annealing.end_tau": 1.0,
+    "rollout.annealing.epochs": 2, "rollout.num_samples": 1, "rollout.top_p": 1.0,
+    "rollout.top_k": 0, "rollout.max_prompt_tokens": 1024, "rollout.max_response_tokens": 3072,
+    "train.epochs": 3, "train.prompts_per_step": 128, "train.prompts_per_update": 64,
+    "train.micro_batch_size": 4, "train.lr": 1e-7, "train.lr_schedule": "constant",
+    "train.lr_warmup_steps": 10, "train.weight_decay": 0.01, "train.beta1": 0.9,
+    "train.beta2": 0.999, "train.eps": 1e-8, "train.clip_grad": 1.0,
     "evaluation.files": ("math500", "amc23", "aime", "aime25", "olympiadbench", "minerva"),
     "evaluation.every": 50, "evaluation.num_samples": 32, "evaluation.temperature": 1.0,
     "checkpoint.every": 300,
