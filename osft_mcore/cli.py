@@ -124,13 +124,7 @@ def _check(
     from osft_mcore.config.load import as_options
 
     options = as_options(config) | {"--lm-eval-args": getattr(arguments, "lm_eval_args", "")}
-    problems = redact.options_with_secrets(options, redact.environment_secrets(os.environ))
-    try:
-        sound(config)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+    redact.check_options(options, redact.environment_secrets(os.environ), partial(sound, config))
 
 
 def _follow(given: Sequence[str], run: Path) -> int:

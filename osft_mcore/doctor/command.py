@@ -3,6 +3,7 @@
 # Without torch at the top: that it is missing is one of the things to say.
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from osft_mcore.doctor import versions
 from osft_mcore.doctor.facts import Section, errors_of, fact, lines_of, note, problem, section_lines
 from osft_mcore.errors import ConfigError, OsftError
+from osft_mcore.log.redact import environment_secrets, without_secrets
 from osft_mcore.parallel.world import (
     launched_rank,
     launched_world_size,
@@ -22,6 +24,7 @@ from osft_mcore.parallel.world import (
 if TYPE_CHECKING:
     from osft_mcore.config.check_async import Host
     from osft_mcore.config.schema import Phase
+    from osft_mcore.parallel.ping import Meeting
 
 HELP: Final = "what this machine has, a ping between ranks, and whether training would start"
 NEEDED: Final = ("torch", "megatron.core", "transformers")
@@ -103,7 +106,7 @@ def asked(
 def run_doctor(doctor: Doctor) -> Ended:
     """Under a launcher every rank must call."""
     if started_by_own_launcher():
-        return _ping(doctor, Examined())
+        return _ping(Examined(), _meet())
     if launched_world_size() is not None:
         return _under_launcher(doctor)
     found = _examine(doctor)
@@ -124,31 +127,47 @@ def run_doctor(doctor: Doctor) -> Ended:
 
 def _under_launcher(doctor: Doctor) -> Ended:
     """One rank of each host looks, rank 0 speaks, and all end with the same code."""
+    broken = Section(title="imports", findings=tuple(versions.imported_here(["torch"])))
+    # Before it looks around: that takes one host longer than another waits for a store.
+    met = None if broken.findings else _meet()
     if local_rank() == 0:
         found = _examine(doctor)
     else:
-        broken = Section(title="imports", findings=tuple(versions.imported_here(["torch"])))
         found = Examined(errors=errors_of([broken]), can_import=not broken.findings)
-    if not found.can_import:
+    if met is None or not found.can_import:
         # Without torch it cannot tell the others; they will say which ranks did not come.
         return Ended(errors=found.errors, exit_code=ConfigError.exit_code)
-    ended = _ping(doctor, found)
+    ended = _ping(found, met)
     _say_verdict(ended.exit_code)
     return Ended(errors=(*found.errors, *ended.errors), exit_code=ended.exit_code)
 
 
-def _ping(doctor: Doctor, found: Examined) -> Ended:
-    from osft_mcore.doctor.pinging import ping_ranks, word
+def _meet() -> "Meeting | OsftError":
+    """Where all ranks are, or who did not come, to be told after what can be seen here."""
     from osft_mcore.parallel.ping import Meeting
 
+    try:
+        meeting = Meeting()
+        meeting.gather("here", None)
+    except OsftError as error:
+        return error
+    return meeting
+
+
+def _ping(found: Examined, met: "Meeting | OsftError") -> Ended:
+    from osft_mcore.doctor.pinging import ping_ranks, word
+
+    if isinstance(met, OsftError):
+        return Ended(errors=(met,), exit_code=met.exit_code)
+    secrets = environment_secrets(os.environ)
     mine = word(
-        [line for error in found.errors for line in lines_of(error)],
+        [without_secrets(line, secrets) for error in found.errors for line in lines_of(error)],
         exit_code=found.errors[0].exit_code if found.errors else 0,
         blocks=not found.can_speak,
         versions=found.versions,
     )
     try:
-        pinged = ping_ranks(Meeting(), asdict(mine), found.folder)
+        pinged = ping_ranks(met, asdict(mine), found.folder)
     except OsftError as error:
         return Ended(errors=(error,), exit_code=error.exit_code)
     _say(pinged.section)
@@ -211,7 +230,9 @@ def _versions(packages: Mapping[str, str]) -> Section:
 def _say(section: Section) -> None:
     """On rank 0 alone."""
     if launched_rank() == 0:
-        sys.stdout.write("".join(f"{line}\n" for line in section_lines(section)))
+        secrets = environment_secrets(os.environ)
+        lines = [without_secrets(line, secrets) for line in section_lines(section)]
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
         # What ranks say comes in between.
         sys.stdout.flush()
 

@@ -1,5 +1,6 @@
 """Looks at this host and at the options of a run, and judges both."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from osft_mcore.config.check import check, model_is_here
 from osft_mcore.config.check_async import Host
 from osft_mcore.config.dimensions import known_shape
-from osft_mcore.config.load import load_config
+from osft_mcore.config.load import as_options, load_config
 from osft_mcore.config.model_shape import ModelShape, read_model_shape
 from osft_mcore.config.phases import trains
 from osft_mcore.config.schema import Phase, RunConfig
@@ -29,6 +30,7 @@ from osft_mcore.doctor.facts import (
 )
 from osft_mcore.doctor.gather import machine
 from osft_mcore.errors import ConfigError, OsftError
+from osft_mcore.log.redact import check_options, environment_secrets
 from osft_mcore.model.kernels import installed, kernel_lines, kernels_in_use
 from osft_mcore.parallel.world import (
     device_type,
@@ -68,7 +70,8 @@ def asked_run(
     config, shape = None, None
     try:
         config = load_config(overrides, config_dir)
-        check(
+        sound = partial(
+            check,
             config,
             world_size=launched_world_size(),
             phase=phase,
@@ -76,6 +79,7 @@ def asked_run(
             known=known,
             host=host(),
         )
+        check_options(as_options(config), environment_secrets(os.environ), sound)
         read = read_model_shape if model_is_here(config) else known
         shape = read(config.model.path)
         errors = input_errors(config, phase)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from osft_mcore.doctor.facts import MIB, GpuFound, Machine, NumaNode, Space
-from osft_mcore.doctor.network import fabric, host_address, interfaces, ports
+from osft_mcore.doctor.network import fabric, interfaces, ports
+from osft_mcore.parallel.network import addresses, own_address
 
 SHM: Final = Path("/dev/shm")
 DRIVER_S: Final = 30.0
@@ -41,8 +42,8 @@ def machine(variables: Mapping[str, str], *, output_dir: Path, launched: bool) -
         gpus=_gpus(variables.get("CUDA_VISIBLE_DEVICES")),
         interfaces=interfaces(),
         fabric=fabric(),
-        own_address=host_address(socket.gethostname()),
-        localhost=bool(host_address("localhost")),
+        own_address=own_address(),
+        localhost=bool(addresses("localhost")),
         ports=ports(variables, launched=launched),
         spaces=(
             space("output folder", output_dir),

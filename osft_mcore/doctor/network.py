@@ -45,14 +45,6 @@ def fabric(folder: Path = Path("/sys/class/infiniband")) -> tuple[Fabric, ...]:
     return tuple(found)
 
 
-def host_address(name: str) -> str:
-    """What a host's name stands for; empty: nothing."""
-    try:
-        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
-    except (OSError, UnicodeError):
-        return ""
-
-
 def ports(variables: Mapping[str, str], *, launched: bool) -> tuple[Port, ...]:
     """Those that ranks meet at. Of ranks that run MASTER_PORT is in use, as it should be."""
     found = [_port("any port", "0")]

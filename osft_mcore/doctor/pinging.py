@@ -13,10 +13,13 @@ import torch
 
 from osft_mcore.doctor.facts import Finding, Section, fact, note, problem
 from osft_mcore.doctor.gather import existing
+from osft_mcore.doctor.versions import IMPORT_S
 from osft_mcore.errors import ConfigError
-from osft_mcore.parallel.ping import Backend, Meeting, Ping
+from osft_mcore.parallel.ping import PATIENCE_S, Backend, Meeting, Ping
 from osft_mcore.parallel.world import local_world_size
 
+LOOK_S: Final = IMPORT_S + PATIENCE_S
+"""Until the slowest host has looked at itself, importing vLLM for instance."""
 SLOW_NETWORK: Final = 1e9
 """Bytes a second between hosts; a push of the weights goes that way."""
 _APART: Final = (
@@ -71,8 +74,10 @@ def ping_ranks(meeting: Meeting, mine: Mapping[str, Any], folder: Path | None) -
     `mine`: a Word as plain values; `folder`: that all hosts have to share, None: not looked at.
     Raises ConfigError or DeadlinePassed on the ranks that notice.
     """
-    words = [Word(**said) for said in meeting.gather("word", mine)]
-    backends: list[Backend] = meeting.tell("backends", lambda: backends_for(words))
+    words = [Word(**said) for said in meeting.gather("word", mine, within_s=LOOK_S)]
+    backends: list[Backend] = meeting.tell(
+        "backends", lambda: backends_for(words), within_s=2 * LOOK_S
+    )
     pings = [meeting.ping(backend) for backend in backends]
     apart, told = _apart(meeting, words, folder)
     codes = [said.exit_code for said in words] + [ConfigError.exit_code * any(told)]

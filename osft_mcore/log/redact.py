@@ -1,8 +1,10 @@
 """Leaves secrets out of what is shown or sent: by name, and by how a value looks; pure."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
+
+from osft_mcore.errors import ConfigError
 
 HIDDEN: Final = "[redacted]"
 _SECRET_WORDS: Final = frozenset(
@@ -128,6 +130,19 @@ def options_with_secrets(options: Any, secrets: Sequence[str], name: str = "") -
     return [
         problem for key, value in items for problem in options_with_secrets(value, secrets, key)
     ]
+
+
+def check_options(
+    options: Mapping[str, Any], secrets: Sequence[str], sound: Callable[[], None]
+) -> None:
+    """Raise one ConfigError for options that hold a secret, and for all that `sound` finds."""
+    problems = options_with_secrets(options, secrets)
+    try:
+        sound()
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def is_secret(name: str) -> bool:

@@ -72,7 +72,7 @@ def reach_problem(gloo: str, address: str, interfaces: Collection[str]) -> str:
 
 def own_address() -> str:
     """The address that this host's name stands for, as gloo takes it; empty if there is none."""
-    return next((one for one in _addresses(socket.gethostname()) if _is_here(one)), "")
+    return next((one for one in addresses(socket.gethostname()) if _is_here(one)), "")
 
 
 def is_loopback(address: str) -> bool:
@@ -88,13 +88,13 @@ def check_meeting_point(endpoint: str) -> None:
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f"meeting point: found {endpoint!r}, expected HOST:PORT")
-    addresses = _addresses(host.strip("[]"))
-    if not addresses:
+    found = addresses(host.strip("[]"))
+    if not found:
         raise ConfigError(
             f"meeting point: {socket.gethostname()} does not know the name {host}; give its "
             "address, or add it to /etc/hosts"
         )
-    if any(map(_is_here, addresses)) and _in_use(int(port)):
+    if any(map(_is_here, found)) and _in_use(int(port)):
         raise ConfigError(f"meeting point: {port_in_use(int(port))}")
 
 
@@ -117,19 +117,22 @@ def _in_use(port: int) -> bool:
     return False
 
 
-def _addresses(host: str) -> list[str]:
+def addresses(host: str) -> list[str]:
+    """What a name stands for; nothing if it is not known."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except socket.gaierror:
+    except (OSError, UnicodeError):
+        # UnicodeError: no name at all, as a..b.
         return []
     return [str(one[4][0]) for one in found]
 
 
 def _is_here(address: str) -> bool:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
+    try:
+        # A kernel without IPv6 has not even the socket.
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind((address, 0))
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True

@@ -70,32 +70,38 @@ class Meeting:
             ) from error
         self._store.set_timeout(self._patience)
 
-    def gather(self, what: str, value: Any) -> list[Any]:
+    def gather(self, what: str, value: Any, *, within_s: float | None = None) -> list[Any]:
         """JSON-able values of all ranks on rank 0, nothing on others. Every rank must call.
 
-        Raises DeadlinePassed on rank 0 with the ranks that did not come.
+        `within_s`: how long rank 0 waits for the last one; None: as long as for the store. Raises
+        DeadlinePassed on rank 0 with the ranks that did not come.
         """
         self._store.set(f"{what}/{self.rank}", json.dumps(value))
         if self.rank:
             return []
         keys = [f"{what}/{rank}" for rank in range(self.world_size)]
-        until = time.monotonic() + self._patience.total_seconds()
+        patience_s = self._patience.total_seconds() if within_s is None else within_s
+        until = time.monotonic() + patience_s
         while absent := [rank for rank, key in enumerate(keys) if not self._store.check([key])]:
             if time.monotonic() > until:
                 raise DeadlinePassed(
                     f"ping: no word from rank {', '.join(map(str, absent))} of {self.world_size} "
-                    f"within {self._patience.total_seconds():g} s; look at what they said"
+                    f"within {patience_s:g} s; look at what they said"
                 )
             time.sleep(POLL_S)
         return [json.loads(self._store.get(key)) for key in keys]
 
-    def tell(self, what: str, decide: Callable[[], Any]) -> Any:
-        """What rank 0 decides, on every rank. Every rank must call."""
+    def tell(self, what: str, decide: Callable[[], Any], *, within_s: float | None = None) -> Any:
+        """What rank 0 decides, on every rank. Every rank must call.
+
+        `within_s`: how long the others wait for it. Raises DeadlinePassed on those that give up.
+        """
         if self.rank == 0:
             self._store.set(what, json.dumps(decide()))
+        # Rank 0 may have waited for somebody else as long as that.
+        patience = 2 * self._patience if within_s is None else datetime.timedelta(seconds=within_s)
         try:
-            # Rank 0 may have waited for somebody else as long as that.
-            self._store.wait([what], 2 * self._patience)
+            self._store.wait([what], patience)
             return json.loads(self._store.get(what))
         except RuntimeError as error:
             raise DeadlinePassed(

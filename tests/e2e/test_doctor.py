@@ -86,6 +86,11 @@ def test_the_options_of_a_run(tmp_path: Path) -> None:
     ]
     assert found["ping"][1] == "gloo: one rank, which spoke to itself"
     assert not (tmp_path / "out").exists()
+    planted = {"SOME_SECRET": "planted-secret", "GLOO_SOCKET_IFNAME": "planted-secret"}
+    result = forked([*options, "output_dir=planted-secret"], tmp_path, planted)
+    assert result.code == CONFIG
+    assert "output_dir: found what looks like a password" in result.out
+    assert "planted-secret" not in result.out + result.err
     absent = f"data.train=https://user:{PLANTED}@host/x.parquet"
     variables = {"GLOO_SOCKET_IFNAME": "nope0"}
     result = forked([*options, absent, "parallel.tp=3"], tmp_path, variables)
@@ -97,6 +102,7 @@ def test_the_options_of_a_run(tmp_path: Path) -> None:
     problems = sections(result)["options and files"]
     assert any("data.train: 'https:" in line and "is not a file" in line for line in problems)
     assert any("parallel.tp" in line for line in problems)
+    assert any("data.train: found what looks like a password" in line for line in problems)
     assert PLANTED not in result.out + result.err
 
 

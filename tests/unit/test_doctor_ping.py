@@ -1,5 +1,6 @@
 """Who pings, and what is said of it."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -92,3 +93,18 @@ def test_ranks_that_do_not_come_are_named(join: Callable[[int, int], Meeting]) -
 def test_a_store_that_does_not_answer(join: Callable[[int, int], Meeting]) -> None:
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1:9 does not answer rank 1"):
         join(1, 9)
+
+
+def test_a_host_that_looks_at_itself_for_long_is_waited_for(
+    join: Callable[[int, int], Meeting],
+) -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, second = join(0, server.port), join(1, server.port)
+    late = threading.Timer(1.5, second.gather, args=("word", {"host": "two"}))
+    late.start()
+    join(2, server.port).gather("word", {"host": "three"})
+    words = first.gather("word", {"host": "one"}, within_s=20.0)
+    assert [word["host"] for word in words] == ["one", "two", "three"]
+    late = threading.Timer(1.5, first.tell, args=("backends", lambda: ["gloo"]))
+    late.start()
+    assert second.tell("backends", list, within_s=20.0) == ["gloo"]

@@ -1,5 +1,6 @@
 """Interfaces, host names and ports that ranks on several hosts would stumble over."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -91,6 +92,7 @@ def test_what_is_loopback() -> None:
         ("localhost:0", "expected HOST:PORT"),
         (":29500", "expected HOST:PORT"),
         ("no-such-host.invalid:29500", "does not know the name no-such-host.invalid"),
+        ("a..b:29500", "does not know the name a..b"),
     ],
 )
 def test_a_meeting_point_that_is_none(endpoint: str, told: str) -> None:
@@ -103,6 +105,22 @@ def test_a_meeting_point_must_be_free_where_it_is(taken: int) -> None:
         check_meeting_point(f"localhost:{taken}")
     # Of documentation, so of no host: what listens there this host cannot know.
     check_meeting_point(f"192.0.2.1:{taken}")
+
+
+def test_a_meeting_point_with_an_address_of_a_protocol_that_this_kernel_lacks(
+    taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_ipv6(family: int = socket.AF_INET, *rest: int, **named: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *rest, **named)
+
+    real = socket.socket
+    both = [(0, 0, 0, "", (address, 0)) for address in ("2001:db8::1", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    monkeypatch.setattr(socket, "socket", without_ipv6)
+    with pytest.raises(ConfigError, match="is in use by another program"):
+        check_meeting_point(f"node-a:{taken}")
 
 
 def test_the_script_refuses_a_port_that_is_in_use(taken: int) -> None:
