@@ -3,7 +3,6 @@
 # Without torch at the top: that it is missing is one of the things to say.
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -106,7 +105,7 @@ def asked(
 def run_doctor(doctor: Doctor) -> Ended:
     """Under a launcher every rank must call."""
     if started_by_own_launcher():
-        return _ping(Examined(), _meet())
+        return _ping(doctor, Examined(), _meet())
     if launched_world_size() is not None:
         return _under_launcher(doctor)
     found = _examine(doctor)
@@ -116,12 +115,14 @@ def run_doctor(doctor: Doctor) -> Ended:
 
         code = launch(["doctor"], num_processes=found.num_ranks)
     else:
-        _say(Section(title="ping", findings=(note("not tried: problems above come first"),)))
+        _say(
+            doctor, Section(title="ping", findings=(note("not tried: problems above come first"),))
+        )
     if code:
         failed = problem(f"it ended with exit code {code}; its ranks say why")
-        _say(Section(title="ping", findings=(failed,)))
+        _say(doctor, Section(title="ping", findings=(failed,)))
     exit_code = found.errors[0].exit_code if found.errors else code
-    _say_verdict(exit_code)
+    _say_verdict(doctor, exit_code)
     return Ended(errors=found.errors, exit_code=exit_code)
 
 
@@ -137,8 +138,8 @@ def _under_launcher(doctor: Doctor) -> Ended:
     if met is None or not found.can_import:
         # Without torch it cannot tell the others; they will say which ranks did not come.
         return Ended(errors=found.errors, exit_code=ConfigError.exit_code)
-    ended = _ping(found, met)
-    _say_verdict(ended.exit_code)
+    ended = _ping(doctor, found, met)
+    _say_verdict(doctor, ended.exit_code)
     return Ended(errors=(*found.errors, *ended.errors), exit_code=ended.exit_code)
 
 
@@ -154,12 +155,12 @@ def _meet() -> "Meeting | OsftError":
     return meeting
 
 
-def _ping(found: Examined, met: "Meeting | OsftError") -> Ended:
+def _ping(doctor: Doctor, found: Examined, met: "Meeting | OsftError") -> Ended:
     from osft_mcore.doctor.pinging import ping_ranks, word
 
     if isinstance(met, OsftError):
         return Ended(errors=(met,), exit_code=met.exit_code)
-    secrets = environment_secrets(os.environ)
+    secrets = environment_secrets(doctor.variables)
     mine = word(
         [without_secrets(line, secrets) for error in found.errors for line in lines_of(error)],
         exit_code=found.errors[0].exit_code if found.errors else 0,
@@ -170,7 +171,7 @@ def _ping(found: Examined, met: "Meeting | OsftError") -> Ended:
         pinged = ping_ranks(met, asdict(mine), found.folder)
     except OsftError as error:
         return Ended(errors=(error,), exit_code=error.exit_code)
-    _say(pinged.section)
+    _say(doctor, pinged.section)
     apart = (ConfigError(pinged.apart),) if pinged.apart else ()
     return Ended(errors=apart, exit_code=pinged.exit_code)
 
@@ -186,32 +187,34 @@ def _examine(doctor: Doctor) -> Examined:
         _versions(packages),
         Section(title="imports", findings=tuple(versions.imported_here(NEEDED))),
     ]
-    _say(sections[0])
+    _say(doctor, sections[0])
     told = {name: packages.get(name, "none") for name in versions.TOLD}
     if sections[1].findings:
         if child is not None:
             child.finding()
-        _say(sections[1])
+        _say(doctor, sections[1])
         return Examined(errors=errors_of(sections), can_import=False, versions=told)
     from osft_mcore.doctor import examine
 
     asked = examine.no_run(doctor.phase)
     if doctor.overrides:
-        asked = examine.asked_run(doctor.overrides, doctor.config_dir, doctor.phase, doctor.host)
+        asked = examine.asked_run(
+            doctor.overrides, doctor.config_dir, doctor.phase, doctor.host, doctor.variables
+        )
     devices = examine.torch_devices()
     machine = examine.look(asked, doctor.variables)
     for section in examine.host_sections(asked, machine, devices, doctor.variables):
         sections.append(section)
-        _say(section)
+        _say(doctor, section)
     if doctor.overrides:
-        _say(examine.input_section(asked))
+        _say(doctor, examine.input_section(asked))
     imports = [fact(f"{', '.join(NEEDED)} can be imported")]
     if child is not None:
         imports.append(child.finding())
     elif doctor.quick:
         imports.append(note("vllm was not tried (--quick)"))
     sections.append(Section(title="imports", findings=tuple(imports)))
-    _say(sections[-1])
+    _say(doctor, sections[-1])
     return Examined(
         errors=(*errors_of(sections), *asked.errors),
         can_speak=not any(s.problems for s in sections if s.title in SPEECH),
@@ -227,16 +230,16 @@ def _versions(packages: Mapping[str, str]) -> Section:
     return Section(title="versions", findings=(versions.python_finding(), *found))
 
 
-def _say(section: Section) -> None:
+def _say(doctor: Doctor, section: Section) -> None:
     """On rank 0 alone."""
     if launched_rank() == 0:
-        secrets = environment_secrets(os.environ)
+        secrets = environment_secrets(doctor.variables)
         lines = [without_secrets(line, secrets) for line in section_lines(section)]
         sys.stdout.write("".join(f"{line}\n" for line in lines))
         # What ranks say comes in between.
         sys.stdout.flush()
 
 
-def _say_verdict(exit_code: int) -> None:
+def _say_verdict(doctor: Doctor, exit_code: int) -> None:
     text = "training would not start" if exit_code else "training would start"
-    _say(Section(title=text, findings=()))
+    _say(doctor, Section(title=text, findings=()))

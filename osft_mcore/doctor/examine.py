@@ -1,6 +1,5 @@
 """Looks at this host and at the options of a run, and judges both."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +62,11 @@ def no_run(phase: Phase) -> Asked:
 
 
 def asked_run(
-    overrides: Sequence[str], config_dir: Path | None, phase: Phase, host: Callable[[], Host | None]
+    overrides: Sequence[str],
+    config_dir: Path | None,
+    phase: Phase,
+    host: Callable[[], Host | None],
+    variables: Mapping[str, str],
 ) -> Asked:
     """The run, with every error that `osft` would find in it before it starts a rank."""
     known = partial(known_shape, config_dir=config_dir)
@@ -79,7 +82,7 @@ def asked_run(
             known=known,
             host=host(),
         )
-        check_options(as_options(config), environment_secrets(os.environ), sound)
+        check_options(as_options(config), environment_secrets(variables), sound)
         read = read_model_shape if model_is_here(config) else known
         shape = read(config.model.path)
         errors = input_errors(config, phase)

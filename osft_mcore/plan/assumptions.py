@@ -72,6 +72,8 @@ LAUNCH_S_PER_LAYER: Final = 4e-4
 """A decode step takes no less, where kernels are launched one by one from Python."""
 GRAPH_S_PER_LAYER: Final = 3e-5
 """The same with CUDA graphs."""
+SUM_S: Final = 1e-5
+"""To begin a sum over the ranks of an engine; a layer has two in a decode step."""
 NODE_GB_S: Final = 150.0
 """A GPU to another of its node."""
 NETWORK_GB_S: Final = 20.0
@@ -103,6 +105,8 @@ def assumption_lines(gpu: Gpu, *, response_tokens: float, prompt_tokens: float) 
         "in decoding and in the optimizer's step",
         f"a decode step takes at least {LAUNCH_S_PER_LAYER * 1e3:g} ms a layer without CUDA "
         f"graphs, {GRAPH_S_PER_LAYER * 1e3:g} ms with them",
+        f"{SUM_S * 1e6:g} microseconds to begin a sum over the ranks of an engine, and then its "
+        "bytes",
         f"{NODE_GB_S:g} GB/s between GPUs of a node of {GPUS_PER_NODE}, {NETWORK_GB_S:g} GB/s "
         f"between nodes, {HOST_GB_S:g} GB/s to the host",
         f"{TEXT_BYTES} bytes of text a token in files, {ID_BYTES} more where its number is kept",

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 from functools import partial
+from pathlib import Path
 
 from osft_mcore.config.check import check, model_is_here
 from osft_mcore.config.dimensions import known_shape
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--smallest", action="store_true", help="find the smallest layout that fits"
     )
     parser.add_argument("--json", action="store_true", help="print JSON; sizes in bytes")
+    parser.add_argument("--config-dir", type=Path, help="as osft's")
     parser.add_argument("overrides", nargs="*", metavar="option=value", help="as osft's")
 
 
@@ -36,8 +38,8 @@ def run_command(arguments: argparse.Namespace) -> str:
     """The text to print. Raises ConfigError with all that is wrong with the options."""
     phase: Phase = arguments.phase
     gpu = _gpu(arguments)
-    config = load_config(arguments.overrides)
-    shape = _shape(config)
+    config = load_config(arguments.overrides, arguments.config_dir)
+    shape = _shape(config, arguments.config_dir)
     plan = partial(
         plan_run, shape=shape, gpu=gpu, phase=phase, response_tokens=arguments.response_tokens
     )
@@ -68,11 +70,11 @@ def _gpu(arguments: argparse.Namespace) -> Gpu:
     return gpu if gib is None else dataclasses.replace(gpu, gib=gib)
 
 
-def _shape(config: RunConfig) -> ModelShape:
+def _shape(config: RunConfig, config_dir: Path | None) -> ModelShape:
     path = config.model.path
     if not path:
         raise ConfigError("model.path: not set; expected a Hugging Face model folder")
-    shape = read_model_shape(path) if model_is_here(config) else known_shape(path)
+    shape = read_model_shape(path) if model_is_here(config) else known_shape(path, config_dir)
     if shape is None:
         raise ConfigError(
             f"model.path: no config.json in {path!r}, and conf/model/dimensions has no model of "

@@ -239,7 +239,8 @@ def _of_layers(run: _Run, num_sequences: int) -> dict[str, float]:
     train, lengths = run.config.train, run.lengths
     mean = lengths.prompt + lengths.response
     padding = 1.0
-    if train.max_tokens_per_micro_batch is None and train.micro_batch_size > 1:
+    packed = train.max_tokens_per_micro_batch is not None or run.topology.cp > 1
+    if not packed and train.micro_batch_size > 1:
         # Rows are as long as the longest of a micro-batch: half way to the greatest length.
         padding = (1 + (lengths.prompt + lengths.longest_response) / mean) / 2
     per_rank = run.batches.sequences_per_dp_rank

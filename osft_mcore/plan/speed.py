@@ -15,6 +15,7 @@ from osft_mcore.plan.assumptions import (
     MFU,
     NETWORK_GB_S,
     NODE_GB_S,
+    SUM_S,
     Gpu,
 )
 from osft_mcore.train.flops import training_flops
@@ -64,8 +65,9 @@ def rollout_seconds(
 ) -> float:
     """Of one replica with `num_sequences` answers to sample, `concurrent` at once.
 
-    Every decode step reads the weights, every token the keys and values before it. Slots are
-    filled again as answers end; the last to end is a longest one.
+    Every decode step reads the weights, every token the keys and values before it, and every layer
+    sums twice over rollout.tp; prefill hides that behind its products. Slots are filled again as
+    answers end; the last to end is a longest one.
     """
     flops = 2.0 * shape.num_parameters / rollout.tp
     concurrent = max(1, min(concurrent, num_sequences))
@@ -75,9 +77,14 @@ def rollout_seconds(
     compute = gpu.peak_tflops * 1e12 * MFU
     cache = tokens * (lengths.prompt + lengths.response / 2) * kv_bytes_per_token
     launch = LAUNCH_S_PER_LAYER if rollout.enforce_eager else GRAPH_S_PER_LAYER
+    sums = 0.0
+    if rollout.tp > 1:
+        # A ring moves 2 (n - 1) / n of what it sums, here bf16.
+        moved = 4.0 * (rollout.tp - 1) / rollout.tp * shape.hidden / bandwidth_of(rollout.tp)
+        sums = 2 * shape.num_layers * (steps * SUM_S + tokens * moved)
+    # Kernels are launched while those before them compute.
     decode = max(
-        (steps * weight_bytes + cache) / bandwidth,
-        tokens * flops / compute,
+        max((steps * weight_bytes + cache) / bandwidth, tokens * flops / compute) + sums,
         steps * launch * shape.num_layers,
     )
     return num_sequences * lengths.prompt * flops / compute + decode

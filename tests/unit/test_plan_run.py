@@ -259,12 +259,18 @@ def test_longer_answers_take_longer_and_no_more_memory() -> None:
         run("--response-tokens", "9999", MATH_7B)
 
 
+MICRO_BATCHES = ("train.micro_batch_size=1", "train.micro_batch_size=4")
+
+
 def test_a_step_takes_its_operations_at_the_assumed_rates() -> None:
     found = plan(MATH_7B, "train.micro_batch_size=1", "train.recompute=none")
     tokens = 128 * (256 + 1536)
     # 6 operations a parameter and token, the embedding aside; attention adds below 10%.
     least = 6 * (7_615_616_512 - 152064 * 3584) * tokens / 8 / (989e12 * MFU)
     assert 1 < found["seconds"]["forward_backward"] / least < 1.1
+    # With cp rows are packed: there is no padding to compute.
+    one, packed = (plan(MATH_7B, "parallel.cp=2", "parallel.tp=2", size) for size in MICRO_BATCHES)
+    assert packed["seconds"]["forward_backward"] == one["seconds"]["forward_backward"]
     again = plan(MATH_7B, "train.micro_batch_size=1")
     ratio = again["seconds"]["forward_backward"] / found["seconds"]["forward_backward"]
     assert ratio == pytest.approx(8 / 6)
@@ -274,6 +280,10 @@ def test_a_step_takes_its_operations_at_the_assumed_rates() -> None:
     # Reading half of the weights for every token.
     assert graphs["seconds"]["rollout"] > 3072 * 7_615_616_512 / (3350e9 * HBM_SHARE)
     assert graphs["seconds"]["rollout"] < found["seconds"]["rollout"]
+    # As many steps over four GPUs: what is read halves, what is summed grows.
+    four = plan(MATH_7B, "rollout.enforce_eager=false", "rollout.tp=4")
+    quicker = graphs["seconds"]["rollout"] - four["seconds"]["rollout"]
+    assert 0 < quicker < 3072 * 7_615_616_512 / 2 / (3350e9 * HBM_SHARE)
     push = found["push"]["busiest"] / (NODE_GB_S * 1e9)
     assert found["seconds"]["push"] == pytest.approx(push)
 
