@@ -21,7 +21,7 @@ from osft_mcore.doctor import command as doctor_command
 from osft_mcore.errors import ConfigError, NothingLeft, OsftError, Stopped
 from osft_mcore.log import redact
 from osft_mcore.parallel.network import check_meeting_point, network_errors
-from osft_mcore.parallel.topology import Topology, topology_of
+from osft_mcore.parallel.topology import Topology, run_topology
 from osft_mcore.parallel.world import (
     check_launch_environment,
     check_started_once,
@@ -71,7 +71,6 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
         return _doctor(arguments)
     from osft_mcore.config.check import check
     from osft_mcore.config.dimensions import known_shape
-    from osft_mcore.config.phases import samples
 
     phase: Phase = arguments.command
     check_launch_environment()
@@ -94,8 +93,7 @@ def _run(given: Sequence[str], arguments: argparse.Namespace) -> int:
         hidden = _hidden_by(error, checks, arguments)
         raise ConfigError([*error.problems, *hidden]) from None
     checks(config)
-    rollout_tp = config.rollout.tp if samples(phase) else 1
-    topology = topology_of(config.parallel, rollout_tp=rollout_tp)
+    topology = run_topology(config, phase)
     if arguments.dry_run:
         from osft_mcore.plan.dry_run import dry_run
 
@@ -139,7 +137,7 @@ def _follow(given: Sequence[str], run: Path) -> int:
     from osft_mcore.config.load import load_config
 
     config = of_evaluator(load_config([], run))
-    topology = topology_of(config.parallel, rollout_tp=config.rollout.tp)
+    topology = run_topology(config, "evaluate")
     if launched_world_size() is None:
         from osft_mcore.parallel.launch import launch
 

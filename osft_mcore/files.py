@@ -154,6 +154,11 @@ def rename(old: Path, new: Path) -> None:
     flush(new.parent)
 
 
+def nearest_existing(path: Path) -> Path:
+    """Itself, or the nearest folder above that is there. Raises OSError where none can be seen."""
+    return next(at for at in (path, *path.absolute().parents) if at.exists())
+
+
 def flush(path: Path) -> None:
     """Make a file's contents, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

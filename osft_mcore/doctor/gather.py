@@ -14,6 +14,7 @@ from typing import Final
 
 from osft_mcore.doctor.facts import MIB, GpuFound, Machine, NumaNode, Space
 from osft_mcore.doctor.network import fabric, interfaces, ports
+from osft_mcore.files import nearest_existing
 from osft_mcore.parallel.network import addresses, own_address
 
 SHM: Final = Path("/dev/shm")
@@ -56,7 +57,7 @@ def machine(variables: Mapping[str, str], *, output_dir: Path, launched: bool) -
 def space(what: str, path: Path, *, needed: bool = True) -> Space:
     """Of the file system that `path` is on, or will be."""
     try:
-        at = existing(path)
+        at = nearest_existing(path)
         found = os.statvfs(at)
     except OSError:
         return Space(what=what, path=str(path), free=-1, needed=needed)
@@ -69,11 +70,6 @@ def space(what: str, path: Path, *, needed: bool = True) -> Space:
         writable=os.access(at, os.W_OK),
         needed=needed,
     )
-
-
-def existing(path: Path) -> Path:
-    """Itself, or the nearest folder above that is there."""
-    return next(at for at in (path, *path.absolute().parents) if at.exists())
 
 
 def numa_nodes(folder: Path = Path("/sys/devices/system/node")) -> tuple[NumaNode, ...]:

@@ -12,9 +12,9 @@ from typing import Any, Final
 import torch
 
 from osft_mcore.doctor.facts import Finding, Section, fact, note, problem
-from osft_mcore.doctor.gather import existing
 from osft_mcore.doctor.versions import IMPORT_S
 from osft_mcore.errors import ConfigError
+from osft_mcore.files import nearest_existing
 from osft_mcore.parallel.ping import PATIENCE_S, Backend, Meeting, Ping
 from osft_mcore.parallel.world import local_world_size
 
@@ -102,7 +102,9 @@ def _apart(meeting: Meeting, words: Sequence[Word], folder: Path | None) -> tupl
         if folder is not None and sum(said.versions is not None for said in words) > 1:
             # Where nothing can be written, that has been said.
             with suppress(OSError):
-                handle, name = tempfile.mkstemp(prefix=".osft-doctor-", dir=existing(folder))
+                handle, name = tempfile.mkstemp(
+                    prefix=".osft-doctor-", dir=nearest_existing(folder)
+                )
                 os.close(handle)
                 mark = Path(name)
         return "" if mark is None else mark.name
@@ -114,7 +116,7 @@ def _apart(meeting: Meeting, words: Sequence[Word], folder: Path | None) -> tupl
         seen = folder is None
         if folder is not None:
             with suppress(OSError):
-                seen = (existing(folder) / name).exists()
+                seen = (nearest_existing(folder) / name).exists()
         apart = "" if seen else _APART.format(folder)
         return apart, meeting.gather("apart", apart)
     finally:

@@ -10,7 +10,7 @@ from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.phases import samples, trains
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.doctor.facts import Finding, Machine, fact, gib, note, problem
-from osft_mcore.parallel.topology import Topology, topology_of
+from osft_mcore.parallel.topology import run_topology
 from osft_mcore.plan.assumptions import GIB, GPUS, Gpu
 from osft_mcore.plan.disk import Disk, disk
 from osft_mcore.plan.run import plan_run
@@ -29,11 +29,6 @@ class Start:
     num_cores: int
     launched: int | None
     """Ranks on this host that a launcher has started; None: nobody has."""
-
-
-def run_topology(config: RunConfig, phase: Phase) -> Topology:
-    """The layout that the options ask for."""
-    return topology_of(config.parallel, rollout_tp=config.rollout.tp if samples(phase) else 1)
 
 
 def rank_findings(config: RunConfig, phase: Phase, start: Start) -> Iterator[Finding]:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from osft_mcore.config.schema import ParallelConfig
+from osft_mcore.config.phases import samples
+from osft_mcore.config.schema import ParallelConfig, Phase, RunConfig
 
 
 def layer_parts(num_layers: int, num_parts: int) -> tuple[range, ...]:
@@ -100,8 +101,14 @@ class Topology:
         return tuple(self.coordinates(rank) for rank in range(self.world_size))
 
 
+def run_topology(config: RunConfig, phase: Phase) -> Topology:
+    """The topology that the options of a command ask for."""
+    rollout_tp = config.rollout.tp if samples(phase) else 1
+    return topology_of(config.parallel, rollout_tp=rollout_tp)
+
+
 def topology_of(parallel: ParallelConfig, *, rollout_tp: int) -> Topology:
-    """The topology that the options ask for."""
+    """The topology of an actor and of its engines."""
     return Topology(
         tp=parallel.tp,
         cp=parallel.cp,

@@ -9,7 +9,7 @@ from osft_mcore.config.model_shape import ModelShape
 from osft_mcore.config.phases import samples
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.errors import ConfigError
-from osft_mcore.parallel.topology import Topology, topology_of
+from osft_mcore.parallel.topology import Topology, run_topology
 from osft_mcore.plan.actor_memory import ActorMemory, actor_memory, largest_micro_batch, layers_of
 from osft_mcore.plan.assumptions import GIB, PROMPT_SHARE, RESPONSE_SHARE, Gpu
 from osft_mcore.plan.disk import Disk, answer_bytes, disk, host_bytes
@@ -109,9 +109,7 @@ def plan_run(
         shape=shape,
         gpu=gpu,
         phase=phase,
-        topology=topology_of(
-            config.parallel, rollout_tp=config.rollout.tp if samples(phase) else 1
-        ),
+        topology=run_topology(config, phase),
         itemsize=2 if config.model.dtype == "bf16" else 4,
         batches=batch_arithmetic(config, phase=phase),
         lengths=_lengths(config, response_tokens),

@@ -13,9 +13,10 @@ from osft_mcore.config.phases import reads_training_data, scores, trains
 from osft_mcore.config.schema import Phase, RunConfig
 from osft_mcore.data.tokenizer import ChatTokenizer
 from osft_mcore.errors import ConfigError, OsftError, WeightError
+from osft_mcore.files import nearest_existing
 from osft_mcore.log.lock import lock_refusal
 from osft_mcore.log.run_folder import RunFolder
-from osft_mcore.parallel.topology import topology_of
+from osft_mcore.parallel.topology import run_topology
 from osft_mcore.parallel.world import device_type, job_attempt, job_id, launched_rank
 from osft_mcore.train.earlier import batches_of, check_earlier, check_pass_left
 from osft_mcore.train.identity import REFERENCE
@@ -145,7 +146,7 @@ def _check_output_dir(config: RunConfig) -> None:
         refusal = lock_refusal(folder, job_id=job_id(), attempt=job_attempt())
         if refusal:
             raise ConfigError(refusal)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
             f"output_dir: {str(folder)!r} cannot be created: {str(existing)!r} is not a folder "
@@ -169,7 +170,7 @@ def _check_attention(config: RunConfig) -> None:
 
 
 def _check_weight_plan(config: RunConfig) -> None:
-    topology = topology_of(config.parallel, rollout_tp=config.rollout.tp)
+    topology = run_topology(config, "train")
     weight_lines(config, read_model_shape(config.model.path), topology)
 
 

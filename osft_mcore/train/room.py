@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from osft_mcore.checkpoint.save import readable
+from osft_mcore.files import nearest_existing
 
 # What `checkpoint.folder.set_aside` and `RunFolder.put_aside` make.
 _UNUSED: Final = re.compile(r"step_\d+\.unused\d*")
@@ -23,8 +24,7 @@ def lacking_room(root: Path, needed: int, *, protected: Path | None = None) -> s
     first, but not `protected`. Raises nothing: a disk that is gone is an answer, too.
     """
     try:
-        existing = next(path for path in (root, *root.absolute().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(nearest_existing(root)).free
     except OSError as error:
         return f"{root}: {error.strerror}; is the disk of output_dir still there?"
     if free >= needed:
