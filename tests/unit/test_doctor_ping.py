@@ -105,6 +105,8 @@ def test_a_host_that_looks_at_itself_for_long_is_waited_for(
     join(2, server.port).gather("word", {"host": "three"})
     words = first.gather("word", {"host": "one"}, within_s=20.0)
     assert [word["host"] for word in words] == ["one", "two", "three"]
+    late.join()
     late = threading.Timer(1.5, first.tell, args=("backends", lambda: ["gloo"]))
     late.start()
     assert second.tell("backends", list, within_s=20.0) == ["gloo"]
+    late.join()
