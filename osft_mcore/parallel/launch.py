@@ -197,6 +197,8 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         # SIGTERM would make a rank that is in its loop begin to save. For the others in its group
         # it is right: Python's resource tracker ignores it and frees the rank's shared memory.
         rank.kill()
-        os.killpg(rank.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            # It may have ended by itself in this moment.
+            os.killpg(rank.pid, signal.SIGTERM)
     for rank in running:
         rank.wait()

@@ -13,7 +13,7 @@ import pytest
 from program import no_process_left
 
 from osft_mcore.errors import DeadlinePassed, NothingLeft, Stopped
-from osft_mcore.parallel.launch import launch
+from osft_mcore.parallel.launch import _end, launch
 from osft_mcore.parallel.world import end_with_parent
 
 RANK = """
@@ -255,6 +255,30 @@ def test_rank_0_has_time_for_its_last_report(tmp_path: Path) -> None:
         run = launched(tmp_path, 'rank and os._exit(0)\ntime.sleep(0.5)\nsay("reported")')
         assert run.code() == 0
     assert (run.lines(), run.err.read_text()) == (["rank 0 reported"], "")
+
+
+class EndsUnseen(subprocess.Popen[bytes]):
+    """It has ended since the launcher looked."""
+
+    looked = False
+
+    def poll(self) -> int | None:
+        if self.looked:
+            return super().poll()
+        self.looked = True
+        return None
+
+
+def test_a_rank_that_ends_by_itself_in_that_moment_keeps_no_other_alive() -> None:
+    gone = EndsUnseen(["true"], start_new_session=True)
+    while Path(f"/proc/{gone.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    other = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        _end([gone, other])
+        assert (gone.returncode, other.returncode) == (0, -signal.SIGKILL)
+    finally:
+        other.kill()
 
 
 def test_a_failed_rank_does_not_make_the_others_save(tmp_path: Path) -> None:
