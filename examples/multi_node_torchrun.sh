@@ -22,6 +22,11 @@ shift 2
 # only, and all of them end after a minute.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
+# checkpoint.stop_after counts from here, also in ranks that torchrun starts again, and a file
+# OUTPUT_DIR/stop that is younger than this is for them.
+OSFT_STARTED=$(date +%s)
+export OSFT_STARTED
+
 exec "${OSFT_PYTHON:-python}" -m torch.distributed.run \
   --nnodes "$nodes" --nproc-per-node "${OSFT_GPUS:-8}" --max-restarts "${OSFT_MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-id "${OSFT_RUN_ID:-osft}" --rdzv-endpoint "$meeting_point" \
