@@ -49,32 +49,35 @@ class Slurm:
         nodes: int = 1,
         srun: str = "0",
         in_container: bool = False,
+        log: Path | None = None,
         **env: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run the script as Slurm would on its first node, from a copy in another folder."""
         copy = self.folder / "slurm_script"
         text = (SLURM / script).read_text()
         copy.write_text(CONTAINER_LINES.sub(r"\1\2", text) if in_container else text)
-        return subprocess.run(
-            ["bash", copy, *arguments],
-            cwd=self.folder,
-            env={
-                **{key: value for key, value in os.environ.items() if "SLURM" not in key},
-                "PATH": f"{self.folder}:{os.environ['PATH']}",
-                "FAKE": str(self.folder),
-                "RUN": str(self.run),
-                "SRUN_DOES": srun,
-                "SLURM_JOB_ID": "4242",
-                "SLURM_NNODES": str(nodes),
-                "SLURM_JOB_NODELIST": ",".join(f"node{n}" for n in range(1, nodes + 1)),
-                "SLURM_GPUS_ON_NODE": "8",
-            }
-            | env,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        with open(log or os.devnull, "a") as out:
+            return subprocess.run(
+                ["bash", copy, *arguments],
+                cwd=self.folder,
+                env={
+                    **{key: value for key, value in os.environ.items() if "SLURM" not in key},
+                    "PATH": f"{self.folder}:{os.environ['PATH']}",
+                    "FAKE": str(self.folder),
+                    "RUN": str(self.run),
+                    "SRUN_DOES": srun,
+                    "SLURM_JOB_ID": "4242",
+                    "SLURM_NNODES": str(nodes),
+                    "SLURM_JOB_NODELIST": ",".join(f"node{n}" for n in range(1, nodes + 1)),
+                    "SLURM_GPUS_ON_NODE": "8",
+                }
+                | env,
+                stdout=out,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+                check=False,
+            )
 
     @property
     def command(self) -> str:
@@ -180,6 +183,29 @@ def test_a_job_that_slurm_ends_saves_but_does_not_queue_itself_again(
     assert done.returncode == 85, done.stderr
     assert slurm.said == ""
     assert (folder / "stopped").exists()
+
+
+FULL_DISK = """#!/usr/bin/env bash
+cat /dev/zero
+kill -USR1 "$PPID"
+sleep 0.3
+exit 85
+"""
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "evaluate_sweep.sbatch"])
+def test_a_full_disk_does_not_end_a_job_that_is_told_to_stop(
+    slurm: Slurm, script: str, small_disk: Path
+) -> None:
+    """Neither the file nor a line of the job's log can be written; the run saves elsewhere."""
+    for name, text in (("srun", FULL_DISK), ("touch", "#!/bin/sh\nexit 1\n")):
+        (slurm.folder / name).write_text(text)
+        (slurm.folder / name).chmod(0o755)
+    job = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "4242"}
+    done = slurm.submit(script, str(slurm.run), log=small_disk / "job.log", **job)
+    assert (small_disk / "job.log").stat().st_size > 2**20
+    assert done.returncode == 85, done.stderr
+    assert slurm.said == f"scontrol requeue 4242{'' if script == 'train.sbatch' else '_3'}\n"
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "evaluate_sweep.sbatch"])
