@@ -15,7 +15,7 @@ nodes=${1:?"usage: multi_node_torchrun.sh NODES HOST:PORT option=value ..."}
 meeting_point=${2:?"usage: multi_node_torchrun.sh NODES HOST:PORT option=value ..."}
 shift 2
 
-# torchrun would wait there for a minute, for a store that is another program.
+# Where the port is another program's, torchrun would wait there without a word.
 "${OSFT_PYTHON:-python}" -m osft_mcore.cli doctor --meeting-point "$meeting_point"
 
 # Else a machine that comes back asks torchrun for an address that the others told in the first round

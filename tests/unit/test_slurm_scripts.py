@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -109,6 +110,8 @@ def test_one_torchrun_a_node_meets_at_the_first(slurm: Slurm, nodes: int) -> Non
     done = slurm.submit("train.sbatch", str(slurm.run), *options, nodes=nodes)
     assert done.returncode == 0, done.stderr
     assert "--kill-on-bad-exit=1" in slurm.command
+    # Ranks of a node that comes back find the others.
+    assert slurm.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert (
         "-m torch.distributed.run --signals-to-handle SIGINT,SIGHUP,SIGQUIT "
         f"--nnodes {nodes} --nproc-per-node 8 --max-restarts 3 "
@@ -149,18 +152,53 @@ print("saved", flush=True)
 """
 
 
-def test_a_preempted_task_has_the_time_to_save(slurm: Slurm, tmp_path: Path) -> None:
+def task_of(slurm: Slurm, port: int, worker: Path) -> list[str]:
+    """What srun would start, with `worker` for the program, and `port` of this host for the meeting
+    point of the first node."""
+    slurm.submit("train.sbatch", str(slurm.run), OSFT_PYTHON=sys.executable, SLURM_GPUS_ON_NODE="1")
+    given = (slurm.folder / "arguments").read_text().splitlines()
+    command = given[given.index("bash") : given.index("-m", given.index("--nnodes"))]
+    here = [f"localhost:{port}" if word == "node1:24242" else word for word in command]
+    assert here.count(f"localhost:{port}") == 2, "torchrun meets where the doctor has looked"
+    return [*here, str(worker)]
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Nobody listens there."""
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_a_port_that_is_taken_is_told_before_torchrun_waits_for_it(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text('print("started")')
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        command = task_of(slurm, port, worker)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"meeting point: port {port} of " in done.stderr
+
+
+@pytest.mark.parametrize(("job", "port"), [("1", 20001), ("11999", 31999), ("4239999", 23999)])
+def test_the_port_is_none_that_the_kernel_hands_out(slurm: Slurm, job: str, port: int) -> None:
+    """By default it does from 32768 on, to any program."""
+    slurm.submit("train.sbatch", str(slurm.run), SLURM_JOB_ID=job)
+    assert f"--rdzv-endpoint node1:{port} " in slurm.command
+
+
+def test_a_preempted_task_has_the_time_to_save(
+    slurm: Slurm, tmp_path: Path, free_port: int
+) -> None:
     """What Slurm does then: SIGTERM to all processes of the step. torchrun would end its ranks, and
     fail."""
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    slurm.submit("train.sbatch", str(slurm.run), OSFT_PYTHON=sys.executable, SLURM_GPUS_ON_NODE="1")
-    given = (slurm.folder / "arguments").read_text().splitlines()
-    command = given[given.index("bash") : given.index("-m", given.index("--nnodes"))]
-    command[command.index("--rdzv-endpoint") + 1] = "localhost:0"
-    process = subprocess.Popen(
-        [*command, str(worker)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    command = task_of(slurm, free_port, worker)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None, "stdout was asked to be a pipe"
     assert process.stdout.readline() == f"ready {process.pid}\n"
     os.killpg(process.pid, signal.SIGTERM)
