@@ -123,8 +123,11 @@ def test_a_sweep_over_models_goes_on_with_the_next(
 
 
 @pytest.mark.parametrize(("ended", "code", "reports"), [(86, 0, 1), (85, 85, 0)])
-def test_a_run_that_is_done_is_reported(run: Run, ended: int, code: int, reports: int) -> None:
-    found, calls = run(SINGLE, train=ended)
+@pytest.mark.parametrize("given", [(), ("output_dir=/shared/my run", "seed=5")])
+def test_a_run_that_is_done_is_reported(
+    run: Run, ended: int, code: int, reports: int, given: tuple[str, ...]
+) -> None:
+    found, calls = run(SINGLE, *given, train=ended)
     folder = config_of(calls[1]).output_dir
     assert (found, calls[2:]) == (code, [["osft", "report", folder]] * reports)
 
