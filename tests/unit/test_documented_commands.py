@@ -251,6 +251,17 @@ def test_a_documented_command_is_taken(command: Command) -> None:
     assert problem_of(command) == ""
 
 
+def test_scripts_are_named_where_people_look() -> None:
+    told = "".join(path.read_text("utf-8") for path in (*DOCUMENTS, ROOT / "Makefile"))
+    scripts = [
+        path.relative_to(ROOT).as_posix()
+        # Those of examples/paper are in a table, by their names.
+        for path in [*(ROOT / "examples").glob("*.sh"), *(ROOT / "examples").glob("slurm/*")]
+    ]
+    assert len(scripts) >= 8
+    assert not [script for script in scripts if script not in told]
+
+
 def planned(words: Sequence[str]) -> str:
     parser = argparse.ArgumentParser()
     plan_command.add_arguments(parser)
