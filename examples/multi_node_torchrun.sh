@@ -15,12 +15,17 @@ nodes=${1:?"usage: multi_node_torchrun.sh NODES HOST:PORT option=value ..."}
 meeting_point=${2:?"usage: multi_node_torchrun.sh NODES HOST:PORT option=value ..."}
 shift 2
 
-# torchrun would wait there for a minute, for a store that is another program.
+# Where the port is another program's, torchrun would wait there without a word.
 "${OSFT_PYTHON:-python}" -m osft_mcore.cli doctor --meeting-point "$meeting_point"
 
 # Else a machine that comes back asks torchrun for an address that the others told in the first round
 # only, and all of them end after a minute.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+# checkpoint.stop_after counts from here, also in ranks that torchrun starts again, and a file
+# OUTPUT_DIR/stop that is younger than this is for them.
+OSFT_STARTED=$(date +%s)
+export OSFT_STARTED
 
 exec "${OSFT_PYTHON:-python}" -m torch.distributed.run \
   --nnodes "$nodes" --nproc-per-node "${OSFT_GPUS:-8}" --max-restarts "${OSFT_MAX_RESTARTS:-3}" \

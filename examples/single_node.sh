@@ -6,7 +6,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+run=runs/sept_qwen2.5_math_7b
+for option in "$@"; do
+  if [[ $option == output_dir=* ]]; then run=${option#output_dir=}; fi
+done
+
 osft train --dry-run experiment=sept_qwen2.5_math_7b "$@"
 # 86: all steps are done.
 osft train experiment=sept_qwen2.5_math_7b checkpoint.every=50 "$@" || { code=$?; ((code == 86)) || exit "$code"; }
-osft report runs/sept_qwen2.5_math_7b
+osft report "$run"

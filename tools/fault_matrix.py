@@ -29,10 +29,10 @@ def main() -> int:
                 )
             )  # fmt: skip
             print(cells[-1], flush=True)
-    table = as_table(cells, deadline_s=args.deadline)
-    print(table)
-    if args.write:
-        write_table(args.write, table)
+            if args.write:
+                # After every cell: one that is cut off leaves what it has.
+                write_table(args.write, as_table(cells, deadline_s=args.deadline))
+    print(as_table(cells, deadline_s=args.deadline))
     return int(any(cell.is_broken(args.deadline) for cell in cells))
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The base model's scores at 17 temperatures, 8 GPUs: base_model_sweep.sh. From it are the temperatures
-# (eval.tau_range 0 to 1.6 by 0.1), 32 samples (N; one where it is greedy), gpu memory 0.9,
-# enforce_eager=False and vLLM on one GPU; problems, prompt and lengths are those of sept_1e7_dsr.sh.
+# (eval.tau_range 0 to 1.6 by 0.1), 32 samples (N; one where it is greedy) and gpu memory 0.9.
+# enforce_eager=False is of generate_solutions.sh; vLLM on one GPU, problems, prompt and lengths are those
+# of sept_1e7_dsr.sh.
 # It grades beside sampling, 256 prompts at a time; here that is evaluation.portion, in answers.
 # trained_model_sweep.sh is the same on a trained model:
 #

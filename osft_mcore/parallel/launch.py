@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Final
 
-from osft_mcore.errors import NothingLeft, Stopped
+from osft_mcore.errors import DeadlinePassed, NothingLeft, Stopped
 from osft_mcore.parallel.loopback import LOOPBACK, ON_LOOPBACK, loopback_store
 from osft_mcore.parallel.world import OWN_RUN_ID, PARENT, STARTED, run_start, usable_cores
 
@@ -28,6 +28,9 @@ SAVED: Final = (Stopped.exit_code, NothingLeft.exit_code)
 POLL_S: Final = 0.05
 PEERS_S: Final = 120.0
 """A rank that has not ended this long after its peers said that they have saved is killed."""
+REST_S: Final = 300.0
+"""So long the others have once a rank has ended well: rank 0 may still make its last report, and
+wait for a tracker, a minute each. No rank watches over another one any more."""
 RANK_PROGRAM: Final = (sys.executable, "-m", "osft_mcore.cli")
 
 
@@ -59,12 +62,14 @@ def launch(
     num_processes: int,
     program: Sequence[str] = RANK_PROGRAM,
     peers_s: float = PEERS_S,
+    rest_s: float = REST_S,
 ) -> int:
     """Run `*program *arguments` on `num_processes` ranks; returns the exit code.
 
     It is the code of the rank that failed, or 128 + signal where a signal ended that rank or this
-    launcher; 85 or 86 if the ranks ended so. The first SIGTERM or SIGUSR1 is passed on to the
-    ranks; a second one, SIGINT or SIGHUP end all of them at once. When it returns, no rank is left.
+    launcher; 85 or 86 if the ranks ended so; 10 if one hangs that others have left behind. The
+    first SIGTERM or SIGUSR1 is passed on to the ranks; a second one, SIGINT or SIGHUP end all of
+    them at once. When it returns, no rank is left.
     Ranks report their own errors; only a rank that was killed could not, so that is said here.
     Keeps the signal handlers that it installs.
     """
@@ -77,7 +82,7 @@ def launch(
         for rank in range(num_processes):
             command = [*program, *arguments]
             ranks.append(_start(command, rank, num_processes, store.port))
-        return _wait(ranks, received, peers_s)
+        return _wait(ranks, received, peers_s, rest_s)
     finally:
         _end(ranks)
 
@@ -115,22 +120,19 @@ def _start(
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: _Received, peers_s: float) -> int:
-    """Until all ranks ended well, one failed, or a signal arrived; returns the exit code."""
-    passed_on, saved_at = 0, 0.0
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], received: _Received, peers_s: float, rest_s: float
+) -> int:
+    """Until all ranks ended well, one failed or hangs, or a signal arrived; gives the exit code."""
+    passed_on, waited_s, first_ended = 0, 0.0, 0.0
     while True:
         codes = [rank.poll() for rank in ranks]
-        # Ranks say so only once the checkpoint is whole: what breaks afterwards takes nothing back.
-        saved = min((code for code in codes if code in SAVED), default=0)
-        failed = [(rank, code) for rank, code in enumerate(codes) if code]
-        if saved:
-            saved_at = saved_at or time.monotonic()
-            if None not in codes or time.monotonic() - saved_at > peers_s:
-                return saved
-        elif failed:
-            return _exit_code(failed, passed_on)
-        elif all(code == 0 for code in codes):
-            return 0
+        if not {0, *SAVED}.isdisjoint(codes):
+            first_ended = first_ended or time.monotonic()
+            waited_s = time.monotonic() - first_ended
+        code = _code_of(codes, passed_on, waited_s, peers_s=peers_s, rest_s=rest_s)
+        if code is not None:
+            return code
         if received.stop_at_once:
             return _stopped_by(received.stop_at_once)
         if received.stop and not passed_on:
@@ -139,6 +141,27 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: _Received, peers_s
                 # Not to their groups: what a rank started is needed until that rank ends.
                 rank.send_signal(passed_on)
         time.sleep(POLL_S)
+
+
+def _code_of(
+    codes: Sequence[int | None], passed_on: int, waited_s: float, *, peers_s: float, rest_s: float
+) -> int | None:
+    """What ranks came to that ended with `codes`, the first well and `waited_s` ago; None: wait."""
+    running = [rank for rank, code in enumerate(codes) if code is None]
+    # Ranks say so only once the checkpoint is whole: what breaks afterwards takes nothing back.
+    saved = min((code for code in codes if code in SAVED), default=0)
+    if saved:
+        return saved if not running or waited_s > peers_s else None
+    if failed := [(rank, code) for rank, code in enumerate(codes) if code]:
+        return _exit_code(failed, passed_on)
+    if running and waited_s <= rest_s:
+        return None
+    for rank in running:
+        sys.stderr.write(
+            f"osft: rank {rank} has not ended {rest_s:g} s after others had ended well; it is "
+            "killed\n"
+        )
+    return DeadlinePassed.exit_code if running else 0
 
 
 def _exit_code(failed: Sequence[tuple[int, int]], passed_on: int) -> int:
@@ -174,6 +197,8 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         # SIGTERM would make a rank that is in its loop begin to save. For the others in its group
         # it is right: Python's resource tracker ignores it and frees the rank's shared memory.
         rank.kill()
-        os.killpg(rank.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            # It may have ended by itself in this moment.
+            os.killpg(rank.pid, signal.SIGTERM)
     for rank in running:
         rank.wait()

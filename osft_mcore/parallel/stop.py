@@ -18,7 +18,7 @@ from osft_mcore.config.duration import seconds
 from osft_mcore.errors import Stopped
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json
 from osft_mcore.parallel.launch import GRACEFUL, SAME_REQUEST_S
-from osft_mcore.parallel.world import PROGRAM_START, job_end, run_start
+from osft_mcore.parallel.world import job_end, knows_run_start, run_start
 
 STOP_FILE: Final = "stop"
 """In the run folder: whoever makes it asks the run to stop. Where ranks have a launcher that keeps
@@ -91,7 +91,8 @@ class StopSignals:
             (self._folder / name).unlink(missing_ok=True)
 
     def _forget_older_request(self) -> None:
-        if self._folder is not None:
+        # Ranks that are started again may have been asked while the first ones ran.
+        if self._folder is not None and knows_run_start():
             with contextlib.suppress(FileNotFoundError):
                 if (self._folder / STOP_FILE).stat().st_mtime < run_start():
                     self._forget(STOP_FILE)
@@ -123,7 +124,7 @@ class Deadline:
     job_end: float | None
     """SLURM_JOB_END_TIME."""
     run_end: float | None
-    """Program start + checkpoint.stop_after."""
+    """Start of the run + checkpoint.stop_after."""
 
     def near(self, now: float, *, longest_step_s: float, longest_save_s: float) -> str:
         """Why to stop now: what is left is less than twice a step and a save. Empty: go on."""
@@ -136,8 +137,14 @@ class Deadline:
         return ""
 
 
-def deadline(stop_after: str | None, *, started: float = PROGRAM_START) -> Deadline:
-    """The limits of this process: of its Slurm job, and of an option that `check` has passed."""
+def deadline(stop_after: str | None, *, started: float | None = None) -> Deadline:
+    """The limits of this process: of its Slurm job, and of an option that `check` has passed.
+
+    `started`: when the run was, by a person or a job; None: as the environment says.
+    """
+    if started is None:
+        # Not when this process was: ranks that are started again would get the whole time again.
+        started = run_start()
     run_end = None if stop_after is None else started + seconds(stop_after)
     return Deadline(job_end=job_end(), run_end=run_end)
 

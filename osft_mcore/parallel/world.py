@@ -141,6 +141,12 @@ def run_start(environ: Mapping[str, str] = os.environ) -> float:
     return PROGRAM_START if announced is None else min(announced, PROGRAM_START)
 
 
+def knows_run_start(environ: Mapping[str, str] = os.environ) -> bool:
+    """False in ranks that torchrun has started again, if nobody says when it started the first."""
+    restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return bool(environ.get(STARTED)) or restarts in ("", "0")
+
+
 def _time(name: str, environ: Mapping[str, str], *, setter: str) -> float | None:
     text = environ.get(name)
     if not text:

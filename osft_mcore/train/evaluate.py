@@ -14,7 +14,7 @@ from osft_mcore.evaluation.aggregate import best_temperature
 from osft_mcore.evaluation.harness import summary as harness_summary
 from osft_mcore.evaluation.results import Evaluation, compare, pass_at_1_bounds
 from osft_mcore.log.console import Console, StepProgress
-from osft_mcore.parallel.groups import ParallelContext
+from osft_mcore.parallel.groups import ParallelContext, wait_for_all
 from osft_mcore.parallel.stop import StopSignals, agreed_stop, deadline
 from osft_mcore.train.harness import harness_results
 from osft_mcore.train.identity import start_fingerprint
@@ -79,6 +79,8 @@ def run_evaluate(
             sampler.folder.write_json(SUMMARY, summary)
             _print(console, config, found)
             console.say(f"written: {sampler.folder.path / SUMMARY}")
+        # No rank ends before that, which may take long: their launcher would not wait so long.
+        wait_for_all(context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

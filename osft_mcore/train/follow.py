@@ -35,7 +35,7 @@ def run_follow(
 
     Writes the evaluations/ of the run's folder; the run itself tells of them.
     """
-    queue, clock = snapshots_folder(config), Clock()
+    queue, clock = snapshots_folder(config), Clock(within=context.watch.phase)
     tokenizer = load_chat_tokenizer(config)
     held_out = load_held_out(config, tokenizer)
     folder = RunFolder(config.output_dir, writer=context.rank == 0)

@@ -11,7 +11,7 @@ from osft_mcore.data.solutions import Solution, read_solutions, solution_lines
 from osft_mcore.errors import Stopped
 from osft_mcore.log.console import Console
 from osft_mcore.log.run_folder import BATCHES
-from osft_mcore.parallel.groups import ParallelContext, all_gather_json
+from osft_mcore.parallel.groups import ParallelContext, all_gather_json, wait_for_all
 from osft_mcore.parallel.stop import StopSignals, agreed_stop, deadline
 from osft_mcore.records import Prompt, Sampling
 from osft_mcore.train.earlier import (
@@ -61,6 +61,8 @@ def run_generate(
         )
         generation.run()
         generation.finish()
+        # No rank ends before that, which may take long: their launcher would not wait so long.
+        wait_for_all(context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

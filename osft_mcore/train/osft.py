@@ -11,7 +11,7 @@ from osft_mcore.config.schema import RunConfig
 from osft_mcore.data.problems import Problems
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock, MetricsLog
-from osft_mcore.parallel.groups import ParallelContext
+from osft_mcore.parallel.groups import ParallelContext, wait_for_all
 from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.inputs import (
     HeldOut,
@@ -72,6 +72,8 @@ def run_osft(
         loop.folder.write_json(SUMMARY, summary)
         print_summary(console, summary)
         say_unscored(console, loop.folder.path, summary)
+        # No rank ends before that, which may take long: their launcher would not wait so long.
+        wait_for_all(context)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
+from torch_engine import TorchEngine
 from toy_run import Start, read_lines, toy_config, write_start
 
 from osft_mcore.actor.actor import Actor
 from osft_mcore.config.schema import RunConfig
-from osft_mcore.data.tokenizer import load_tokenizer
+from osft_mcore.data.tokenizer import ChatTokenizer, load_tokenizer
 from osft_mcore.errors import ConfigError
 from osft_mcore.evaluation.results import Answer
 from osft_mcore.log.console import Console
@@ -25,17 +27,22 @@ from osft_mcore.log.metrics import Clock, MetricsLog
 from osft_mcore.log.run_folder import ASKED, RunFolder
 from osft_mcore.parallel.groups import ParallelContext, all_gather_json, join_groups
 from osft_mcore.parallel.topology import Topology
+from osft_mcore.records import Prompt, Response, Sampling
 from osft_mcore.rollout.engine import RolloutEngine
 from osft_mcore.train.evaluator_process import LEAVES_S, EvaluatorProcess
+from osft_mcore.train.follow import run_follow
 from osft_mcore.train.inputs import load_held_out
 from osft_mcore.train.scores import AsyncScores, _go_on, open_scores
 from osft_mcore.train.scoring import Scoring, open_scoring
 from osft_mcore.train.snapshots import (
     READY,
     At,
+    Entry,
+    announce_end,
     entry_folder,
     fail_damaged,
     is_waiting,
+    publish,
     snapshots_folder,
     waiting,
     withdraw,
@@ -237,3 +244,34 @@ def test_a_later_start_takes_up_what_waits_and_remembers_what_was_left_out(
             False,
         ),
     }
+
+
+def stays(_rank: int, start: Start, out: Path) -> set[tuple[str, str]]:
+    """Phase and option of the limit while the evaluator's engine samples."""
+    topology, found = Topology(tp=1, pp=1, dp=1), set[tuple[str, str]]()
+    config = toy_config(start, out, topology)
+    queue = snapshots_folder(config)
+    for number, temperature in enumerate((0.0, 1.0)):
+        publish(queue, Entry(step=0, temperature=temperature, number=number, weights=""))
+    announce_end(queue)
+
+    class Seen(TorchEngine):
+        def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Response]:
+            stay = self.context.watch._stay
+            found.add((stay.place.phase, stay.limit.option))
+            return super().generate(prompts, sampling)
+
+    def build(config: RunConfig, context: ParallelContext, tokenizer: ChatTokenizer) -> Seen:
+        stop = sorted(tokenizer.eos_token_ids)
+        return Seen(config.model.path, stop_token_ids=stop, context=context)
+
+    context = join_groups(topology, device=torch.device("cpu"))
+    run_follow(config, context, Console(enabled=False), build)
+    assert not waiting(queue)
+    return found
+
+
+def test_an_evaluator_scores_under_the_deadline_of_evaluations(tmp_path: Path) -> None:
+    """Not under that of its start, which is shorter."""
+    [found] = run_ranks(stays, 1, start=write_start(tmp_path), out=tmp_path / "run")
+    assert found == {("evaluate", "deadlines.evaluate")}

@@ -50,6 +50,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "tied": False, "vocab": 16000, "layers": 3, "hidden": 320, "heads": 5, "kv_heads": 5,
         "head_dim": 64, "ffn": 1024,
     },
+    "qwen2 of one key": {
+        "tied": False, "vocab": 5000, "layers": 4, "hidden": 256, "heads": 8, "kv_heads": 1,
+        "head_dim": 64, "ffn": 768,
+    },
 }  # fmt: skip
 
 
@@ -80,6 +84,13 @@ CASES = {
         parallel=ParallelConfig(dp=2),
         train=TrainConfig(micro_batch_size=2, recompute="selective"),
     ),
+    "qwen3, cp2": Case(kind="qwen3", parallel=ParallelConfig(cp=2)),
+    "qwen3, packed": Case(
+        kind="qwen3",
+        # Two sequences fit, as in the others.
+        train=TrainConfig(micro_batch_size=2, max_tokens_per_micro_batch=2 * (PROMPT + RESPONSE)),
+    ),
+    "qwen2 of one key, tp2": Case(kind="qwen2 of one key", parallel=ParallelConfig(tp=2)),
 }
 
 
@@ -198,7 +209,10 @@ def total(memory: ActorMemory) -> int:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     warm_up = {"layers": 2, "hidden": 64, "vocab": 67}
-    made = {kind: save_random_model(root / kind, kind, **sizes) for kind, sizes in MODELS.items()}
+    made = {
+        name: save_random_model(root / name, name.split()[0], **sizes)
+        for name, sizes in MODELS.items()
+    }
     return made | {"warm-up": save_random_model(root / "warm-up", **warm_up)}
 
 

@@ -130,6 +130,22 @@ def test_a_file_that_came_while_ranks_started_is_for_them(
     assert [file.name for file in tmp_path.iterdir()] == ["stopped"]
 
 
+@pytest.mark.parametrize(
+    ("restarts", "announced", "heeded"), [(0, False, False), (1, False, True), (1, True, False)]
+)
+def test_a_wish_to_stop_waits_for_ranks_that_are_started_again(
+    tmp_path: Path, restarts: int, announced: bool, heeded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be for the run, though older than they; what is older than the run is not."""
+    (tmp_path / "stop").touch()
+    os.utime(tmp_path / "stop", (PROGRAM_START - 60, PROGRAM_START - 60))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+    if announced:
+        monkeypatch.setenv(STARTED, str(int(PROGRAM_START) - 30))
+    told = run_ranks(told_while_starting, 2, folder=tmp_path)
+    assert told == [[f"rank 0: {tmp_path / 'stop'} is there"] if heeded else [""]] * 2
+
+
 def breaking(rank: int, folder: Path) -> None:
     try:
         with StopSignals(rank, folder):

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from program import no_process_left
 
-from osft_mcore.errors import NothingLeft, Stopped
-from osft_mcore.parallel.launch import launch
+from osft_mcore.errors import DeadlinePassed, NothingLeft, Stopped
+from osft_mcore.parallel.launch import _end, launch
 from osft_mcore.parallel.world import end_with_parent
 
 RANK = """
@@ -235,6 +235,50 @@ def test_a_rank_that_hangs_after_the_save_is_killed(tmp_path: Path) -> None:
         )
         assert run.code() == Stopped.exit_code
     assert run.err.read_text() == ""
+
+
+@pytest.mark.parametrize("hangs", ["time.sleep(600)", "os.kill(os.getpid(), signal.SIGSTOP)"])
+def test_a_rank_that_hangs_when_the_others_are_done_is_named_and_killed(
+    tmp_path: Path, hangs: str
+) -> None:
+    """At its exit, where nothing watches it."""
+    with no_process_left():
+        run = launched(tmp_path, f"rank or os._exit(0)\n{hangs}", rest_s=0.2)
+        assert run.code() == DeadlinePassed.exit_code
+    assert run.err.read_text() == (
+        "osft: rank 1 has not ended 0.2 s after others had ended well; it is killed\n"
+    )
+
+
+def test_rank_0_has_time_for_its_last_report(tmp_path: Path) -> None:
+    with no_process_left():
+        run = launched(tmp_path, 'rank and os._exit(0)\ntime.sleep(0.5)\nsay("reported")')
+        assert run.code() == 0
+    assert (run.lines(), run.err.read_text()) == (["rank 0 reported"], "")
+
+
+class EndsUnseen(subprocess.Popen[bytes]):
+    """It has ended since the launcher looked."""
+
+    looked = False
+
+    def poll(self) -> int | None:
+        if self.looked:
+            return super().poll()
+        self.looked = True
+        return None
+
+
+def test_a_rank_that_ends_by_itself_in_that_moment_keeps_no_other_alive() -> None:
+    gone = EndsUnseen(["true"], start_new_session=True)
+    while Path(f"/proc/{gone.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    other = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        _end([gone, other])
+        assert (gone.returncode, other.returncode) == (0, -signal.SIGKILL)
+    finally:
+        other.kill()
 
 
 def test_a_failed_rank_does_not_make_the_others_save(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from osft_mcore.parallel.world import (
     job_attempt,
     job_end,
     job_id,
+    knows_run_start,
     run_start,
 )
 
@@ -61,6 +62,29 @@ def test_where_the_limits_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1790000000")
     limits = deadline("1h30m", started=NOW)
     assert limits == Deadline(job_end=1_790_000_000.0, run_end=NOW + 5400)
+
+
+def test_ranks_that_are_started_again_do_not_get_the_whole_time_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began = int(PROGRAM_START) - 3000
+    monkeypatch.setenv("OSFT_STARTED", str(began))
+    assert deadline("1h30m").run_end == began + 5400
+    monkeypatch.delenv("OSFT_STARTED")
+    assert deadline("1h30m").run_end == PROGRAM_START + 5400
+
+
+@pytest.mark.parametrize(
+    ("environ", "known"),
+    [
+        ({}, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "2"}, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "2", "OSFT_STARTED": "1790000000"}, True),
+    ],
+)
+def test_who_knows_when_the_run_began(environ: dict[str, str], known: bool) -> None:
+    assert knows_run_start(environ) is known
 
 
 def test_what_slurm_announces() -> None:

@@ -171,8 +171,7 @@ def osft(given: Sequence[str], command: Command) -> str:
     if arguments.command == "report":
         return ""
     if arguments.command == "doctor":
-        if not whole:
-            load_config(arguments.overrides)
+        load_config(arguments.overrides)
         return ""
     if not whole or NEEDS_GPUS in command.text or getattr(arguments, "run", None):
         load_config(arguments.overrides)
@@ -252,6 +251,17 @@ def test_a_documented_command_is_taken(command: Command) -> None:
     assert problem_of(command) == ""
 
 
+def test_scripts_are_named_where_people_look() -> None:
+    told = "".join(path.read_text("utf-8") for path in (*DOCUMENTS, ROOT / "Makefile"))
+    scripts = [
+        path.relative_to(ROOT).as_posix()
+        # Those of examples/paper are in a table, by their names.
+        for path in [*(ROOT / "examples").glob("*.sh"), *(ROOT / "examples").glob("slurm/*")]
+    ]
+    assert len(scripts) >= 8
+    assert not [script for script in scripts if script not in told]
+
+
 def planned(words: Sequence[str]) -> str:
     parser = argparse.ArgumentParser()
     plan_command.add_arguments(parser)
@@ -300,6 +310,8 @@ def test_the_table_of_layouts_is_what_the_tool_says() -> None:
         "osft evaluate --run runs/arithmetic evaluation.stepz=[1]",
         "osft evaluate --run runs/arithmetic --lm-eval-argz x",
         "osft report runs/a --sample 5 --outt x",
+        "osft doctor experiment=arithmetic_osft train.lrr=1",
+        "osft doctor experiment=arithmetic_osft train.lrr=1 ...",
         "python tools/bench_loss.py --no-such",
         "python tools/no_such.py",
         "python tools/plan_run.py --gpu h1000",

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,10 +123,26 @@ def test_a_sweep_over_models_goes_on_with_the_next(
 
 
 @pytest.mark.parametrize(("ended", "code", "reports"), [(86, 0, 1), (85, 85, 0)])
-def test_a_run_that_is_done_is_reported(run: Run, ended: int, code: int, reports: int) -> None:
-    found, calls = run(SINGLE, train=ended)
+@pytest.mark.parametrize("given", [(), ("output_dir=/shared/my run", "seed=5")])
+def test_a_run_that_is_done_is_reported(
+    run: Run, ended: int, code: int, reports: int, given: tuple[str, ...]
+) -> None:
+    found, calls = run(SINGLE, *given, train=ended)
     folder = config_of(calls[1]).output_dir
     assert (found, calls[2:]) == (code, [["osft", "report", folder]] * reports)
+
+
+def test_torchrun_is_told_since_when_the_run_is_under_way(tmp_path: Path) -> None:
+    """Ranks that it starts again cannot know: their time, and a wish to stop, begin earlier."""
+    program, before = tmp_path / "python", int(time.time())
+    program.write_text(f'#!/bin/sh\necho "$OSFT_STARTED $*" >> {tmp_path}/calls\n')
+    program.chmod(0o755)
+    script = ROOT / "examples" / "multi_node_torchrun.sh"
+    command = [script, "2", "node-a:29500", "output_dir=/shared/a"]
+    subprocess.run(command, env={**os.environ, "OSFT_PYTHON": str(program)}, check=True)
+    started, *given = (tmp_path / "calls").read_text().splitlines()[-1].split()
+    assert given[:2] == ["-m", "torch.distributed.run"]
+    assert before <= int(started) <= time.time()
 
 
 def test_sweeps_are_those_of_the_releases(run: Run) -> None:

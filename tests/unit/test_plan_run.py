@@ -4,8 +4,11 @@ import json
 import subprocess
 import sys
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +193,28 @@ def test_what_does_not_fit_is_told_with_options() -> None:
     assert "not enough for one sequence of the greatest length" in text
 
 
+def layout_of(tp: int, pp: int, rollout_tp: int, world: int) -> list[str]:
+    return [
+        f"parallel.tp={tp}", f"parallel.pp={pp}", f"parallel.dp={world // (tp * pp)}",
+        f"parallel.sequence_parallel={'true' if tp > 1 else 'false'}", f"rollout.tp={rollout_tp}",
+    ]  # fmt: skip
+
+
+def layouts_of(world: int) -> Iterator[list[str]]:
+    """All of so many GPUs, a power of two."""
+    sizes = [2**n for n in range(world.bit_length())]
+    for tp, pp, rollout_tp in product(sizes, sizes, sizes):
+        if tp * pp <= world:
+            yield layout_of(tp, pp, rollout_tp, world)
+
+
+def fits(*given: str) -> bool:
+    """False where the model does not have such a layout, too."""
+    with suppress(ConfigError):
+        return bool(plan(*given)["fits"])
+    return False
+
+
 def test_the_smallest_layout_fits_and_half_as_many_gpus_do_not() -> None:
     found = plan("--smallest", MATH_7B)
     options = found["options"]["parallel"]
@@ -197,6 +222,10 @@ def test_the_smallest_layout_fits_and_half_as_many_gpus_do_not() -> None:
     assert found["fits"]
     assert 1 < world <= 8
     assert 28 % options["tp"] == 0
+    assert not [layout for layout in layouts_of(world // 2) if fits(MATH_7B, *layout)]
+    # What is told of so many is true.
+    rollout_tp = found["options"]["rollout"]["tp"]
+    assert fits(MATH_7B, *layout_of(options["tp"], options["pp"], rollout_tp, world))
     larger = plan("--smallest", "--gpu", "h200", MATH_7B)["options"]["parallel"]
     assert larger["tp"] * larger["pp"] * larger["dp"] < world
     text = run("--smallest", MATH_7B)

@@ -36,6 +36,18 @@ SERIALIZERS = ("pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "
 RUNNERS = ("eval", "exec", "compile", "__import__")
 SHELLS = ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput")
 YAML = ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load")
+BY_MODULE = (*SHELLS, *YAML, "torch.load")
+"""To be called with the module in front."""
+PARAMETERS: dict[str, tuple[str | None, ...]] = {
+    "TCPStore": ("host_name", "port", "world_size", "is_master"),
+    "load": ("file", "mmap_mode", "allow_pickle"),
+    **dict.fromkeys(
+        ("Popen", "run", "call", "check_call", "check_output"),
+        ("args", "bufsize", "executable", "stdin", "stdout", "stderr", "preexec_fn", "close_fds",
+         "shell"),
+    ),
+}  # fmt: skip
+"""Names of arguments that may be given by their place; `load` is numpy's, `run` subprocess's."""
 PICKLING = (
     "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list",
     "send_object_list", "recv_object_list", "collective_rpc",
@@ -63,8 +75,14 @@ def unsafe(tree: ast.Module) -> Iterator[str]:
                 yield from (a.name for a in names if a.name.split(".")[0] in SERIALIZERS)
             case ast.ImportFrom(module=str(module)) if module.split(".")[0] in SERIALIZERS:
                 yield module
-            case ast.Call(func=func, keywords=keywords):
-                yield from unsafe_call(ast.unparse(func), {k.arg: k.value for k in keywords})
+            case ast.ImportFrom(module=str(module), names=names):
+                # Calls of them would bear another name than the scan looks for.
+                imported = (f"{module}.{alias.name}" for alias in names)
+                yield from (name for name in imported if name in BY_MODULE)
+            case ast.Call(func=func, args=args, keywords=keywords):
+                name = ast.unparse(func)
+                by_place = dict(zip(PARAMETERS.get(name.split(".")[-1], ()), args, strict=False))
+                yield from unsafe_call(name, by_place | {k.arg: k.value for k in keywords})
             case ast.Dict(keys=keys, values=values):
                 named = zip(keys, values, strict=True)
                 yield from (
@@ -164,6 +182,14 @@ def test_nothing_names_every_address_or_the_switch_for_pickles() -> None:
         ("Auto.from_pretrained(path)", "Auto.from_pretrained(path, trust_remote_code=False)"),
         ("f(trust_remote_code=True)", "f(trust_remote_code=config.model.trust_remote_code)"),
         ("{'trust_remote_code': True}", "{'trust_remote_code': trust_remote_code}"),
+        ("TCPStore(h, 0, None, True)", "TCPStore(h, 0, None, False)"),
+        ("TCPStore(h, 0, None, served)", "TCPStore(h, 0)"),
+        ("np.load(f, None, True)", "np.load(f, None)"),
+        ("Popen(a, -1, None, None, None, None, None, True, True)", "Popen(a, -1)"),
+        ("from torch import load", "from safetensors.torch import load"),
+        ("from os import path, system as call", "from os import path"),
+        ("from subprocess import getoutput", "from subprocess import run"),
+        ("from yaml import load", "from yaml import safe_load"),
         ("TCPStore(h, 0, is_master=True)", "TCPStore(h, 0, is_master=True, master_listen_fd=fd)"),
     ],
 )

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,32 +50,35 @@ class Slurm:
         nodes: int = 1,
         srun: str = "0",
         in_container: bool = False,
+        log: Path | None = None,
         **env: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run the script as Slurm would on its first node, from a copy in another folder."""
         copy = self.folder / "slurm_script"
         text = (SLURM / script).read_text()
         copy.write_text(CONTAINER_LINES.sub(r"\1\2", text) if in_container else text)
-        return subprocess.run(
-            ["bash", copy, *arguments],
-            cwd=self.folder,
-            env={
-                **{key: value for key, value in os.environ.items() if "SLURM" not in key},
-                "PATH": f"{self.folder}:{os.environ['PATH']}",
-                "FAKE": str(self.folder),
-                "RUN": str(self.run),
-                "SRUN_DOES": srun,
-                "SLURM_JOB_ID": "4242",
-                "SLURM_NNODES": str(nodes),
-                "SLURM_JOB_NODELIST": ",".join(f"node{n}" for n in range(1, nodes + 1)),
-                "SLURM_GPUS_ON_NODE": "8",
-            }
-            | env,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        with open(log or os.devnull, "a") as out:
+            return subprocess.run(
+                ["bash", copy, *arguments],
+                cwd=self.folder,
+                env={
+                    **{key: value for key, value in os.environ.items() if "SLURM" not in key},
+                    "PATH": f"{self.folder}:{os.environ['PATH']}",
+                    "FAKE": str(self.folder),
+                    "RUN": str(self.run),
+                    "SRUN_DOES": srun,
+                    "SLURM_JOB_ID": "4242",
+                    "SLURM_NNODES": str(nodes),
+                    "SLURM_JOB_NODELIST": ",".join(f"node{n}" for n in range(1, nodes + 1)),
+                    "SLURM_GPUS_ON_NODE": "8",
+                }
+                | env,
+                stdout=out,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+                check=False,
+            )
 
     @property
     def command(self) -> str:
@@ -106,6 +110,8 @@ def test_one_torchrun_a_node_meets_at_the_first(slurm: Slurm, nodes: int) -> Non
     done = slurm.submit("train.sbatch", str(slurm.run), *options, nodes=nodes)
     assert done.returncode == 0, done.stderr
     assert "--kill-on-bad-exit=1" in slurm.command
+    # Ranks of a node that comes back find the others.
+    assert slurm.environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert (
         "-m torch.distributed.run --signals-to-handle SIGINT,SIGHUP,SIGQUIT "
         f"--nnodes {nodes} --nproc-per-node 8 --max-restarts 3 "
@@ -146,18 +152,53 @@ print("saved", flush=True)
 """
 
 
-def test_a_preempted_task_has_the_time_to_save(slurm: Slurm, tmp_path: Path) -> None:
+def task_of(slurm: Slurm, port: int, worker: Path) -> list[str]:
+    """What srun would start, with `worker` for the program, and `port` of this host for the meeting
+    point of the first node."""
+    slurm.submit("train.sbatch", str(slurm.run), OSFT_PYTHON=sys.executable, SLURM_GPUS_ON_NODE="1")
+    given = (slurm.folder / "arguments").read_text().splitlines()
+    command = given[given.index("bash") : given.index("-m", given.index("--nnodes"))]
+    here = [f"localhost:{port}" if word == "node1:24242" else word for word in command]
+    assert here.count(f"localhost:{port}") == 2, "torchrun meets where the doctor has looked"
+    return [*here, str(worker)]
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Nobody listens there."""
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_a_port_that_is_taken_is_told_before_torchrun_waits_for_it(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text('print("started")')
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        command = task_of(slurm, port, worker)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"meeting point: port {port} of " in done.stderr
+
+
+@pytest.mark.parametrize(("job", "port"), [("1", 20001), ("11999", 31999), ("4239999", 23999)])
+def test_the_port_is_none_that_the_kernel_hands_out(slurm: Slurm, job: str, port: int) -> None:
+    """By default it does from 32768 on, to any program."""
+    slurm.submit("train.sbatch", str(slurm.run), SLURM_JOB_ID=job)
+    assert f"--rdzv-endpoint node1:{port} " in slurm.command
+
+
+def test_a_preempted_task_has_the_time_to_save(
+    slurm: Slurm, tmp_path: Path, free_port: int
+) -> None:
     """What Slurm does then: SIGTERM to all processes of the step. torchrun would end its ranks, and
     fail."""
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    slurm.submit("train.sbatch", str(slurm.run), OSFT_PYTHON=sys.executable, SLURM_GPUS_ON_NODE="1")
-    given = (slurm.folder / "arguments").read_text().splitlines()
-    command = given[given.index("bash") : given.index("-m", given.index("--nnodes"))]
-    command[command.index("--rdzv-endpoint") + 1] = "localhost:0"
-    process = subprocess.Popen(
-        [*command, str(worker)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    command = task_of(slurm, free_port, worker)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None, "stdout was asked to be a pipe"
     assert process.stdout.readline() == f"ready {process.pid}\n"
     os.killpg(process.pid, signal.SIGTERM)
@@ -180,6 +221,29 @@ def test_a_job_that_slurm_ends_saves_but_does_not_queue_itself_again(
     assert done.returncode == 85, done.stderr
     assert slurm.said == ""
     assert (folder / "stopped").exists()
+
+
+FULL_DISK = """#!/usr/bin/env bash
+cat /dev/zero
+kill -USR1 "$PPID"
+sleep 0.3
+exit 85
+"""
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "evaluate_sweep.sbatch"])
+def test_a_full_disk_does_not_end_a_job_that_is_told_to_stop(
+    slurm: Slurm, script: str, small_disk: Path
+) -> None:
+    """Neither the file nor a line of the job's log can be written; the run saves elsewhere."""
+    for name, text in (("srun", FULL_DISK), ("touch", "#!/bin/sh\nexit 1\n")):
+        (slurm.folder / name).write_text(text)
+        (slurm.folder / name).chmod(0o755)
+    job = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "4242"}
+    done = slurm.submit(script, str(slurm.run), log=small_disk / "job.log", **job)
+    assert (small_disk / "job.log").stat().st_size > 2**20
+    assert done.returncode == 85, done.stderr
+    assert slurm.said == f"scontrol requeue 4242{'' if script == 'train.sbatch' else '_3'}\n"
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "evaluate_sweep.sbatch"])

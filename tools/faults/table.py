@@ -19,10 +19,15 @@ def as_table(cells: Sequence[Cell], *, deadline_s: float) -> str:
     ]
     lines += [
         f"| {c.launcher} | {c.layout} | {c.phase} | {c.rank} | {c.fault} | {c.seconds:.1f} s | "
-        f"{c.code} | {c.told or 'nothing'} |"
+        f"{'none' if c.code is None else c.code} | {_said(c)} |"
         for c in cells
     ]
     return "\n".join(lines) + "\n"
+
+
+def _said(cell: Cell) -> str:
+    said = cell.told or "nothing"
+    return f"{said}; **broken: {cell.problem}**" if cell.problem else said
 
 
 def write_table(document: Path, table: str) -> None:
