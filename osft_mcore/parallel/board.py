@@ -1,20 +1,23 @@
 """Where ranks make known where they are: keys in the launcher's store."""
 
 import json
-import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from typing import Final, Protocol
+from queue import SimpleQueue
+from typing import Any, Final, Protocol, TypeVar
 
+Answer = TypeVar("Answer")
+PATIENCE_S: Final = 2.5
+"""Without an answer of the store for so long, it is lost until it answers after all."""
 LEFT: Final = "left"
 """In place of a phase: it has ended, and nobody waits for it."""
 _END: Final = "watchdog/end"
 
 
 class BoardLost(Exception):
-    """The store does not answer any more."""
+    """The store does not answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,8 @@ class Ending:
     text: str
     silent: list[int]
     """Ranks that do not answer."""
+    raised: bool = False
+    """By an error, which others may be about to raise, too."""
 
 
 class Store(Protocol):
@@ -61,8 +66,8 @@ class Store(Protocol):
         """Overwrites."""
         ...
 
-    def get(self, key: str, /) -> bytes:
-        """Waits for the key."""
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        """Waits for the keys."""
         ...
 
     def check(self, keys: list[str], /) -> bool:
@@ -75,8 +80,8 @@ class Store(Protocol):
 
 
 class Board:
-    """A rank's view of it. Every method raises BoardLost if the store does not answer; that is
-    printed once. May be used from several threads."""
+    """A rank's view of it. Every method raises BoardLost if the store does not answer within
+    PATIENCE_S, or at once if it has not yet answered before. May be used from several threads."""
 
     def __init__(
         self, store: Store, rank: int, world_size: int, *, keeper: str = "the launcher"
@@ -84,60 +89,82 @@ class Board:
         """`store`: nobody else uses this connection. `keeper`: who has the store."""
         self._store, self._rank, self._world_size = store, rank, world_size
         self._keeper, self._lost = keeper, ""
-        self._lock = threading.Lock()
+        self._questions = SimpleQueue[tuple[Callable[[Store], Any], Future[Any]]]()
+        self._late = Future[Any]()
+        self._late.set_result(None)
         self._beats = 0
+        # Its calls have no timeouts of their own where the store's process is frozen or cut off.
+        threading.Thread(target=self._answer, name="board", daemon=True).start()
 
     def clear(self) -> None:
         """Forget what an earlier start has left, which may have had the same store."""
-        with self._use() as store:
-            store.delete_key(_END)
-            for rank in range(self._world_size):
-                store.delete_key(_place(rank))
+
+        def forget(store: Store) -> None:
+            for key in (_END, *map(_place, range(self._world_size))):
+                store.delete_key(key)
+
+        self._ask(forget)
 
     def show(self, place: Place) -> None:
         """This rank is there, and alive."""
-        with self._use() as store:
+
+        def show(store: Store) -> None:
             self._beats += 1
             store.set(_place(self._rank), json.dumps({"beat": self._beats, **asdict(place)}))
+
+        self._ask(show)
 
     def look(self) -> dict[int, Sign]:
         """The ranks that have shown themselves."""
         found = {}
-        with self._use() as store:
-            for rank in range(self._world_size):
-                if store.check([_place(rank)]):
-                    known = json.loads(store.get(_place(rank)))
-                    beat = known.pop("beat")
-                    found[rank] = Sign(place=Place(**known), beat=beat)
+        for rank, text in self._ask(self._places).items():
+            known = json.loads(text)
+            beat = known.pop("beat")
+            found[rank] = Sign(place=Place(**known), beat=beat)
         return found
+
+    def _places(self, store: Store) -> dict[int, bytes]:
+        # Two calls, not two a rank: all ranks of a large world may look at the same time.
+        ranks = list(range(self._world_size))
+        if not store.check([_place(rank) for rank in ranks]):
+            ranks = [rank for rank in ranks if store.check([_place(rank)])]
+        return dict(zip(ranks, store.multi_get([_place(rank) for rank in ranks]), strict=True))
 
     def announce(self, ending: Ending) -> None:
         """All ranks that look will end."""
-        with self._use() as store:
-            store.set(_END, json.dumps(asdict(ending)))
+        self._ask(lambda store: store.set(_END, json.dumps(asdict(ending))))
 
     def ending(self) -> Ending | None:
         """None as long as the run goes on."""
-        with self._use() as store:
-            return Ending(**json.loads(store.get(_END))) if store.check([_END]) else None
+        told = self._ask(lambda store: store.multi_get([_END]) if store.check([_END]) else [])
+        return Ending(**json.loads(told[0])) if told else None
 
-    @contextmanager
-    def _use(self) -> Iterator[Store]:
-        with self._lock:
-            if self._lost:
-                raise BoardLost(self._lost)
+    def _ask(self, question: Callable[[Store], Answer]) -> Answer:
+        if self._lost or not self._late.done():
+            raise BoardLost(self._lost or self._gone(f"not for {PATIENCE_S:g} s"))
+        answer = Future[Answer]()
+        self._questions.put((question, answer))
+        try:
+            return answer.result(PATIENCE_S)
+        except TimeoutError:
+            self._late = answer
+            raise BoardLost(self._gone(f"not for {PATIENCE_S:g} s")) from None
+        except RuntimeError as error:
+            # Its connection is gone for good.
+            self._lost = self._gone(" ".join(str(error).split())[:120])
+            raise BoardLost(self._lost) from error
+
+    def _gone(self, why: str) -> str:
+        return f"the store of {self._keeper} does not answer, as if that were gone ({why})"
+
+    def _answer(self) -> None:
+        while True:
+            question, answer = self._questions.get()
             try:
-                yield self._store
-            except RuntimeError as error:
-                why = " ".join(str(error).split())[:120]
-                self._lost = (
-                    f"the store of {self._keeper} does not answer, as if that were gone ({why})"
-                )
-                sys.stderr.write(
-                    f"[rank {self._rank}] {self._lost}; ranks that are lost from here on cannot be "
-                    "named\n"
-                )
-                raise BoardLost(self._lost) from error
+                answer.set_result(question(self._store))
+            except Exception as error:
+                # Whoever asked raises it.
+                answer.set_exception(error)
 
 
 def compared(before: Mapping[int, Sign], now: Mapping[int, Sign]) -> list[Seen]:

@@ -35,7 +35,7 @@ from osft_mcore.parallel.world import (
 )
 
 STORE_PATIENCE_S: Final = 10.0
-"""Without an answer for so long, the launcher's store is lost."""
+"""Longest that connecting to the launcher's store may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

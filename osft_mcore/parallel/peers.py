@@ -1,7 +1,9 @@
 """Other ranks on this machine, as processes that may be signalled."""
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,19 +36,36 @@ def signal_process(process: Process, number: signal.Signals) -> bool:
     if not process.machine or process.machine != this_process().machine:
         return False
     try:
-        handle = os.pidfd_open(process.pid)
+        with _held(process.pid) as handle:
+            if _started(process.pid) != process.started:
+                return False
+            if handle is None:
+                os.kill(process.pid, number)
+            else:
+                signal.pidfd_send_signal(handle, number)
     except OSError:
         return False
+    return True
+
+
+@contextlib.contextmanager
+def _held(pid: int) -> Iterator[int | None]:
+    """A handle that stays with its process: what is looked at meanwhile is what gets the signal.
+
+    None where the kernel is older than that (Linux 5.3), or a container forbids it. Raises
+    ProcessLookupError if there is no such process.
+    """
     try:
-        # The handle stays with its process, so what is looked at now is what gets the signal.
-        if _started(process.pid) != process.started:
-            return False
-        signal.pidfd_send_signal(handle, number)
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
     except OSError:
-        return False
+        yield None
+        return
+    try:
+        yield handle
     finally:
         os.close(handle)
-    return True
 
 
 def _started(pid: int) -> int:

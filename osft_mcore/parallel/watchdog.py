@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Final
 
 from osft_mcore.errors import DeadlinePassed, NothingLeft, Stopped
+from osft_mcore.log import redact
 from osft_mcore.parallel.board import (
     LEFT,
     Board,
@@ -35,11 +36,15 @@ REMIND_S: Final = 60.0
 """After so long in a phase, or after a tenth of its deadline, ranks that are missing are named."""
 PARTING_S: Final = 1.5
 """From saying that the run ends to ending: all see it, and print their stacks."""
+GRACE_S: Final = 2.0
+"""After another rank has raised an error: where all raise it, each ends with its own code."""
 LAST_RESORT_S: Final = 5.0
 """After a deadline: a thread of Python waits for ever where C code keeps the interpreter's lock;
 this one does not, but it knows no names."""
 STACKS: Final = signal.SIGUSR2
 """What a process that is watched prints its stacks at, whoever keeps the interpreter's lock."""
+LONGEST_ERROR: Final = 300
+"""Characters of an error that others are told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,10 @@ class Watchdog:
         self._on = False
         self._looked_at, self._signs = time.monotonic(), dict[int, Sign]()
         self._told: tuple[int, set[str]] = (0, set())
+        self._board_lost = False
+        # Who may be lost together with rank 0 cannot speak for it.
+        elsewhere = (rank for rank, peer in enumerate(peers) if peer.machine != peers[0].machine)
+        self._reminds = rank in (0, next(elsewhere, 1))
 
     def __enter__(self) -> "Watchdog":
         self._on = True
@@ -103,11 +112,10 @@ class Watchdog:
         self._on = False
         self._ended.set()
         self._thread.join()
-        if any(isinstance(one, RuntimeError) for one in (error, error and error.__cause__)):
-            # It may be a collective that lost a peer.
-            self._say_failed()
-        elif error is None or isinstance(error, Stopped | NothingLeft):
+        if error is None or isinstance(error, Stopped | NothingLeft):
             self._show(Place(host=self._stay.place.host, phase=LEFT, number=0))
+        elif isinstance(error, Exception):
+            self._say_failed(error)
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(STACKS)
 
@@ -115,32 +123,37 @@ class Watchdog:
     def phase(self, name: str) -> Iterator[None]:
         """Every rank enters the same phases in the same order, none inside another.
 
-        What fails inside stays in it, for `missing`.
+        What fails inside stays in it, for those who look.
         """
         self._enter(name)
         yield
         self._enter(BETWEEN)
 
-    def missing(self) -> str:
-        """Which ranks do not answer, or are not here yet; takes a few seconds. Empty: none."""
-        return self._look(self._stay.place)[1]
+    def _look(self, why: str, *, raised: bool = False) -> Ending:
+        """An end with the ranks that do not answer, or are not here yet; takes a few seconds.
 
-    def _look(self, here: Place) -> tuple[list[int], str]:
-        """The silent ranks, and what `missing` says."""
-        if self._board is None:
-            return [], ""
+        Another rank's end, if that announces one meanwhile. `raised`: by an error of this rank.
+        """
+        here, silent, missing = self._stay.place, list[int](), ""
         try:
-            before = self._board.look()
-            until = time.monotonic() + SILENT_S
-            while time.monotonic() < until:
-                # Others look for this one meanwhile.
-                self._board.show(self._stay.place)
-                time.sleep(BEAT_S / 2)
-            seen = compared(before, self._board.look())
+            if self._board is not None:
+                before = self._board.look()
+                until = time.monotonic() + SILENT_S
+                while time.monotonic() < until:
+                    if (ending := self._board.ending()) is not None:
+                        return ending
+                    # Others look for this one meanwhile.
+                    self._board.show(self._stay.place)
+                    time.sleep(BEAT_S / 2)
+                seen = compared(before, self._board.look())
+                silent = [one.rank for one in seen if one.silent and one.place.phase != LEFT]
+                missing = describe(here, seen, rank=self._rank)
+                missing = missing or ("" if raised else "all other ranks are in it, too")
         except BoardLost as lost:
-            return self._holders, str(lost)
-        silent = [one.rank for one in seen if one.silent and one.place.phase != LEFT]
-        return silent, describe(here, seen, rank=self._rank)
+            silent, missing = self._holders, str(lost)
+        return Ending(
+            rank=self._rank, text=f"{why}\n{missing}".strip(), silent=silent, raised=raised
+        )
 
     def _enter(self, phase: str) -> None:
         left, now = self._stay, time.monotonic()
@@ -166,22 +179,36 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(BEAT_S):
-            self._show(self._stay.place)
-            if (ending := self._announced()) is not None:
-                self._end(ending)
             stay = self._stay
-            if time.monotonic() - stay.since > stay.limit.seconds:
+            late = time.monotonic() - stay.since > stay.limit.seconds
+            if not late:
+                self._show(stay.place)
+            if (ending := self._announced()) is not None:
+                if ending.raised and self._ended.wait(GRACE_S):
+                    return
+                self._end(ending)
+            elif late:
                 self._end_late(stay)
-            elif self._rank <= 1 and stay.place.phase != IDLE:
+            elif self._reminds and stay.place.phase != IDLE:
                 self._remind(stay)
 
     def _announced(self) -> Ending | None:
-        with contextlib.suppress(BoardLost):
-            return None if self._board is None else self._board.ending()
-        return None
+        """What ends the run. Says, once, if the board is lost."""
+        try:
+            ending = None if self._board is None else self._board.ending()
+        except BoardLost as lost:
+            if not (self._board_lost or self._ended.is_set()):
+                sys.stderr.write(
+                    f"[rank {self._rank}] {lost}; as long as that lasts, no rank that is lost can "
+                    "be named\n"
+                )
+            self._board_lost = True
+            return None
+        self._board_lost = False
+        return ending
 
     def _remind(self, stay: Stay) -> None:
-        """Name, once a phase, who keeps others waiting. Rank 0 does, and rank 1 names rank 0."""
+        """Name, once a phase, who keeps others waiting; not on rank 0 if that is among them."""
         now = time.monotonic()
         after_s = max(SILENT_S, min(REMIND_S, stay.limit.seconds / 10))
         if self._board is None or now - self._looked_at < after_s:
@@ -194,7 +221,9 @@ class Watchdog:
         if now - stay.since < after_s:
             return
         text = describe(stay.place, compared(before, self._signs), rank=self._rank)
-        lines = [line for line in text.splitlines() if not self._rank or line.startswith("rank 0 ")]
+        lines = text.splitlines()
+        if self._rank and not any(line.startswith("rank 0 ") for line in lines):
+            return
         told = self._told[1] if self._told[0] == stay.place.number else set()
         if new := [line for line in lines if line not in told]:
             sys.stderr.write(
@@ -203,24 +232,34 @@ class Watchdog:
             )
         self._told = (stay.place.number, told | set(lines))
 
-    def _say_failed(self) -> None:
-        """The ranks that are missing; those that still wait in a collective end, too."""
-        silent, missing = self._look(self._stay.place)
-        sys.stderr.write("".join(f"{line}\n" for line in missing.splitlines()))
-        text = f"rank {self._rank} failed in {self._stay.place.phase}; the run ends\n{missing}"
-        self._tell(Ending(rank=self._rank, text=text.strip(), silent=silent))
-        self._signal(silent, signal.SIGKILL)
+    def _say_failed(self, error: Exception) -> None:
+        """Ranks that wait for this one end, too. Only what a lost rank may have caused is looked
+        into; else it takes no time, as all may raise the same."""
+        place, told = self._stay.place, _in_one_line(error)
+        why = f"rank {self._rank} failed in {place.phase} ({told}); the run ends"
+        causes = (error, error.__cause__)
+        by_a_peer = any(isinstance(one, RuntimeError | ConnectionError) for one in causes)
+        ending = self._announced()
+        if ending is None and by_a_peer:
+            ending = self._look(why, raised=True)
+        elif ending is None:
+            ending = Ending(rank=self._rank, text=why, silent=[], raised=True)
+        if ending.rank == self._rank:
+            sys.stderr.write("".join(f"{line}\n" for line in ending.text.splitlines()[1:]))
+            self._tell(ending)
+        elif by_a_peer:
+            sys.stderr.write(f"[rank {self._rank}] rank {ending.rank} says: {ending.text}\n")
+        if self._acts_on(ending):
+            self._signal(ending.silent, signal.SIGKILL)
 
     def _end_late(self, stay: Stay) -> None:
-        silent, missing = self._look(stay.place)
-        if self._stay is not stay:
-            # The main thread got through meanwhile.
-            return
-        text = (
-            f"{stay.place.phase} is not over after {stay.limit.minutes} ({stay.limit.option}); the "
-            f"run ends\n{missing or 'all other ranks are in it, too'}"
+        phase, limit = stay.place.phase, stay.limit
+        ending = self._look(
+            f"{phase} is not over after {limit.minutes} ({limit.option}); the run ends"
         )
-        self._end(Ending(rank=self._rank, text=text, silent=silent))
+        # Else the main thread got through meanwhile, or ends by itself.
+        if self._stay is stay and not self._ended.is_set():
+            self._end(ending)
 
     def _end(self, ending: Ending) -> None:
         """This process, and on this machine, if nobody else does it, those that cannot."""
@@ -230,7 +269,7 @@ class Watchdog:
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
         if mine:
             self._tell(ending)
-        acts = mine or self._speaks_here(ending)
+        acts = self._acts_on(ending)
         if acts:
             self._signal(ending.silent, STACKS)
         time.sleep(PARTING_S)
@@ -243,10 +282,10 @@ class Watchdog:
             if self._board is not None:
                 self._board.announce(ending)
 
-    def _speaks_here(self, ending: Ending) -> bool:
-        """Whether this is the first rank of a machine where the one that ends the run is not."""
-        if not self._peers:
-            return False
+    def _acts_on(self, ending: Ending) -> bool:
+        """Whether this rank ends the run, or is the first of a machine where that one is not."""
+        if ending.rank == self._rank or not self._peers:
+            return ending.rank == self._rank
         here = self._peers[self._rank].machine
         ours = [rank for rank, peer in enumerate(self._peers) if peer.machine == here]
         alive = [rank for rank in ours if rank not in ending.silent]
@@ -260,3 +299,10 @@ class Watchdog:
                 continue
             if signal_process(self._peers[rank], number):
                 sys.stderr.write(f"[rank {self._rank}] {number.name} to rank {rank}\n")
+
+
+def _in_one_line(error: Exception) -> str:
+    """As other ranks are told of it."""
+    secrets = redact.environment_secrets(os.environ)
+    told = redact.without_secrets(f"{type(error).__name__}: {error}", secrets)
+    return " ".join(told.split())[:LONGEST_ERROR]

@@ -1,129 +1,51 @@
 """A rank that is lost or late is named, and nobody waits for it longer than was said."""
 
-import ctypes
-import json
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import pytest
 import torch
 from ranks import run_ranks
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from toy_run import toy_config, write_start
+from watched import (
+    CODE,
+    DEADLINE_S,
+    LONG_S,
+    NUM_RANKS,
+    Store,
+    code_of,
+    forked,
+    hurry,
+    lose,
+    pass_and_wait,
+    told,
+    watched,
+)
 
-from osft_mcore.errors import DeadlinePassed, Stopped
+from osft_mcore.errors import Stopped
 from osft_mcore.log.console import Console
 from osft_mcore.log.metrics import Clock
 from osft_mcore.parallel import deadlines, groups, watchdog
 from osft_mcore.parallel.board import LEFT, Board, Ending, Place, Seen, describe
 from osft_mcore.parallel.deadlines import BETWEEN, Deadlines
 from osft_mcore.parallel.groups import join_groups
-from osft_mcore.parallel.peers import Process, this_process
 from osft_mcore.parallel.topology import Topology
 from osft_mcore.parallel.watchdog import Watchdog
 from osft_mcore.train.start import build_actor, build_edge
 
-NUM_RANKS: Final = 3
-DEADLINE_S: Final = 1.0
-LONG_S: Final = 1000.0
-CODE: Final = DeadlinePassed.exit_code
-Store = TCPStore
 # A rank that does not end is what these tests are about.
 pytestmark = pytest.mark.timeout(60)
 
 
-def watched(
-    rank: int, store: Store, *, train_s: float = DEADLINE_S, kills: bool = True
-) -> Watchdog:
-    """On a rank that knows the processes of all, as after the start of a run."""
-    store.set(f"peer/{rank}", json.dumps(asdict(this_process())))
-    return Watchdog(
-        rank,
-        deadlines=Deadlines({"train": train_s}, otherwise_s=LONG_S, slack=0.0),
-        limit_collectives=lambda seconds: os.write(2, f"collectives {seconds:g}\n".encode()),
-        board=Board(store, rank, NUM_RANKS),
-        peers=[Process(**json.loads(store.get(f"peer/{r}"))) for r in range(NUM_RANKS)],
-        kills=kills,
-    )
-
-
-def lose(how: str) -> None:
-    if how == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif how == "frozen":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    elif how == "failed":
-        raise RuntimeError("as a collective does")
-    elif how == "locked":
-        # A call that keeps the interpreter's lock, and that a signal does not end.
-        ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
-    time.sleep(LONG_S)
-
-
-def pass_and_wait(rank: int, store: Store, how: str, *, lost: int = 2, **options: float) -> None:
-    """All pass `rollout` and wait in `train`; one rank is lost, `how` says where."""
-    with watched(rank, store, **options) as watch:  # type: ignore[arg-type]
-        with watch.phase("rollout"):
-            if rank == lost and how == "late":
-                store.set("lost", "")
-                lose(how)
-            # Else, on a busy machine, their deadline may be over before it comes to be lost.
-            while rank != lost and not store.check(["lost"]):
-                time.sleep(0.01)
-        with watch.phase("train"):
-            if rank == lost:
-                store.set("lost", "")
-                lose(how)
-            time.sleep(LONG_S)
-
-
-@contextmanager
-def forked(folder: Path, run: Callable[[int, Store], None]) -> Iterator[dict[int, int]]:
-    """Process ids by rank; what a rank writes goes to a file of its own. None is left."""
-    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    pids = {}
-    for rank in range(NUM_RANKS):
-        if (pid := os.fork()) == 0:
-            code = 99
-            try:
-                os.dup2(os.open(folder / f"err_{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-                sys.stderr = os.fdopen(2, "w", buffering=1)
-                run(rank, TCPStore("localhost", server.port, None, False))
-                code = 0
-            except RuntimeError:
-                code = 1
-            finally:
-                os._exit(code)
-        pids[rank] = pid
-    try:
-        yield pids
-    finally:
-        for pid in pids.values():
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-def code_of(pids: dict[int, int], rank: int) -> int:
-    """Waits for its end."""
-    return os.waitstatus_to_exitcode(os.waitpid(pids.pop(rank), 0)[1])
-
-
-def told(folder: Path, rank: int) -> str:
-    return (folder / f"err_{rank}").read_text()
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"BEAT_S": 0.2, "SILENT_S": 0.8, "PARTING_S": 0.5, "LAST_RESORT_S": 3.0}
-    for name, seconds in times.items():
-        monkeypatch.setattr(watchdog, name, seconds)
+    hurry(monkeypatch)
 
 
 @pytest.mark.usefixtures("quick")
@@ -170,17 +92,6 @@ def test_under_the_own_launcher_nobody_else_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_peers_of_a_rank_that_failed_do_not_wait_for_their_deadline(tmp_path: Path) -> None:
-    def run(rank: int, store: Store) -> None:
-        pass_and_wait(rank, store, "failed", train_s=LONG_S)
-
-    with forked(tmp_path, run) as pids:
-        assert [code_of(pids, rank) for rank in range(NUM_RANKS)] == [CODE, CODE, 1]
-    for rank in range(2):
-        assert f"[rank {rank}] rank 2 says: rank 2 failed in train" in told(tmp_path, rank)
-
-
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("lost", "how"), [(2, "late"), (0, "frozen")])
 def test_who_is_missing_is_told_long_before_the_deadline_and_once(
     lost: int, how: str, tmp_path: Path
@@ -203,6 +114,27 @@ def test_who_is_missing_is_told_long_before_the_deadline_and_once(
     assert lines[0].endswith(" s; the run ends after 0.17 minutes")
     where = "does not answer" if how == "frozen" else "has not come: it is in rollout"
     assert where in lines[1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lost_machine_is_told_by_a_rank_of_another_one(tmp_path: Path) -> None:
+    """Ranks 0 and 1 would both be on it."""
+
+    def run(rank: int, store: Store) -> None:
+        machine = "another" if rank == 2 else ""
+        with watched(rank, store, train_s=10.0, machine=machine) as watch, watch.phase("train"):
+            if rank < 2:
+                lose("frozen")
+            time.sleep(LONG_S)
+
+    with forked(tmp_path, run):
+        until, text = time.monotonic() + 8, ""
+        while not all(f"rank {lost} (host" in text for lost in (0, 1)):
+            assert time.monotonic() < until, text
+            time.sleep(0.05)
+            text = told(tmp_path, 2)
+    assert "[rank 2] in train for " in text
+    assert "not over" not in text, "this comes long before the deadline"
 
 
 def leave(rank: int, store: Store) -> None:
@@ -253,13 +185,27 @@ def test_the_description_names_the_lost_and_the_late_only() -> None:
     assert describe(here, seen[:1], rank=0) == ""
 
 
-def alone(limits: list[float]) -> Watchdog:
+def alone(limits: list[float], *, train_s: float = LONG_S) -> Watchdog:
     return Watchdog(
         0,
-        deadlines=Deadlines({}, otherwise_s=LONG_S, slack=10.0),
+        deadlines=Deadlines({"train": train_s}, otherwise_s=LONG_S, slack=10.0),
         limit_collectives=limits.append,
         board=None,
     )
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_rank_that_is_alone_waits_for_nobody(tmp_path: Path) -> None:
+    def run(_rank: int, _store: Store) -> None:
+        with alone([], train_s=DEADLINE_S) as watch, watch.phase("train"):
+            time.sleep(LONG_S)
+
+    with forked(tmp_path, run, ranks=[0]) as pids:
+        assert code_of(pids, 0) == CODE
+    assert "train is not over after 0.02 minutes (deadlines.train); the run ends\n" in told(
+        tmp_path, 0
+    )
+    assert "other ranks" not in told(tmp_path, 0)
 
 
 def test_one_that_is_not_entered_limits_nothing() -> None:
@@ -267,7 +213,6 @@ def test_one_that_is_not_entered_limits_nothing() -> None:
     idle = alone(limits)
     with idle.phase("train"):
         time.sleep(0.01)
-    assert idle.missing() == ""
     assert limits == []
 
 
@@ -280,26 +225,6 @@ def test_collectives_get_less_time_once_a_phase_was_over(monkeypatch: pytest.Mon
                 time.sleep(0.01)
     more_s = watchdog.SILENT_S + 2 * watchdog.LAST_RESORT_S
     assert [seconds - more_s for seconds in limits] == [LONG_S, LONG_S, LONG_S, 100, 100]
-
-
-def test_a_lost_store_is_said_once_and_ends_nothing(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watchdog, "BEAT_S", 0.1)
-    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    guard = Watchdog(
-        0,
-        deadlines=Deadlines({}, otherwise_s=LONG_S, slack=0.0),
-        limit_collectives=lambda _s: None,
-        board=Board(TCPStore("localhost", server.port, None, False), 0, 2),
-    )
-    with guard as watch:
-        del server
-        with watch.phase("train"):
-            time.sleep(3 * watchdog.BEAT_S)
-            # Not empty, which would mean that all are here.
-            assert "the store of the launcher does not answer" in watch.missing()
-    assert capfd.readouterr().err.count("the store of the launcher does not answer") == 1
 
 
 def join_after_another_start(rank: int) -> tuple[bool, list[int]]:

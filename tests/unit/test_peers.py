@@ -1,7 +1,9 @@
 """Signals reach a process that was known, and no other."""
 
 import dataclasses
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -34,6 +36,24 @@ def other() -> Iterator[tuple["subprocess.Popen[str]", Process]]:
 def test_a_known_process_gets_the_signal(other: tuple["subprocess.Popen[str]", Process]) -> None:
     child, known = other
     assert (known.pid, known.machine) == (child.pid, this_process().machine)
+    assert signal_process(known, signal.SIGKILL)
+    assert child.wait(10) == -signal.SIGKILL
+    assert not signal_process(known, signal.SIGKILL), "it has ended"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSYS, "old"), PermissionError("forbidden")])
+def test_a_kernel_without_handles_is_enough(
+    other: tuple["subprocess.Popen[str]", Process],
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+) -> None:
+    def refuse(_pid: int) -> int:
+        raise error
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    child, known = other
+    assert not signal_process(dataclasses.replace(known, started=1), signal.SIGKILL)
+    assert child.poll() is None
     assert signal_process(known, signal.SIGKILL)
     assert child.wait(10) == -signal.SIGKILL
     assert not signal_process(known, signal.SIGKILL), "it has ended"
