@@ -115,7 +115,11 @@ class Watchdog:
         if error is None or isinstance(error, Stopped | NothingLeft):
             self._show(Place(host=self._stay.place.host, phase=LEFT, number=0))
         elif isinstance(error, Exception):
+            # torchrun sends it at once where a rank is dead, and nobody else may name that one.
+            previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._say_failed(error)
+            # None: a handler that was not installed from Python, which cannot be put back.
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(STACKS)
 

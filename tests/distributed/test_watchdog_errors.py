@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +105,26 @@ def test_who_fails_because_of_another_says_so(tmp_path: Path) -> None:
         assert [code_of(pids, rank) for rank in range(NUM_RANKS)] == [CODE, 1, 1]
     assert "[rank 1] rank 2 says: rank 2 failed in train (OSError: " in told(tmp_path, 1)
     assert "does not answer" not in told(tmp_path, 0) + told(tmp_path, 1)
+
+
+def fail_after_a_loss(rank: int, store: Store) -> None:
+    """Rank 2 is killed, rank 1 loses its connection to it, and the launcher tells rank 1 to end."""
+    with watched(rank, store, train_s=LONG_S) as watch, watch.phase("train"):
+        if rank == 2:
+            lose("killed")
+        if rank == 1:
+            time.sleep(1.0)
+            threading.Timer(0.2, os.kill, args=(os.getpid(), signal.SIGTERM)).start()
+            lose("failed")
+        time.sleep(LONG_S)
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_is_lost_is_named_although_the_launcher_ends_the_others(tmp_path: Path) -> None:
+    with forked(tmp_path, fail_after_a_loss) as pids:
+        assert [code_of(pids, rank) for rank in range(NUM_RANKS)] == [CODE, 1, -signal.SIGKILL]
+    named = "does not answer: killed, frozen, or cut off; last seen in train"
+    assert f"rank 2 (host {socket.gethostname()}) {named}" in told(tmp_path, 1)
 
 
 def test_a_lost_store_is_said_once_and_ends_nothing(
