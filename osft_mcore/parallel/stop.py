@@ -76,6 +76,9 @@ class StopSignals:
         for number, handler in self._previous.items():
             # None: a handler that was not installed from Python, which cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if isinstance(error, Exception) and not isinstance(error, Stopped):
+            # torchrun sends it as soon as a rank is dead; the others still have to say which.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.set_wakeup_fd(self._previous_wakeup)
         os.write(self._writer, b"\0")
         self._thread.join()
