@@ -163,6 +163,12 @@ def held_by_rank_0() -> Iterator[tuple[int, int]]:
         os.close(writer)
 
 
+def freeze(child: int) -> None:
+    os.kill(child, signal.SIGSTOP)
+    # On a busy machine its threads go on for a while.
+    os.waitpid(child, os.WUNTRACED)
+
+
 def wait_or_go_on(rank: int, store: Store) -> None:
     """The store freezes in `train`. Rank 1 waits there; rank 2 is through in time."""
     with watched(rank, store, train_s=3.0, holders=[0]) as watch:
@@ -180,7 +186,7 @@ def test_a_frozen_store_costs_names_and_no_run(tmp_path: Path) -> None:
         with forked(tmp_path, wait_or_go_on, ranks=[1, 2], port=port) as pids:
             while not all("in train" in told(tmp_path, rank) for rank in pids):
                 time.sleep(0.01)
-            os.kill(holder, signal.SIGSTOP)
+            freeze(holder)
             began = time.monotonic()
             codes = {rank: code_of(pids, rank) for rank in (2, 1)}
         assert codes == {1: CODE, 2: 0}
@@ -196,7 +202,7 @@ def test_a_store_that_answers_again_is_used_again() -> None:
     with held_by_rank_0() as (holder, port):
         board = Board(TCPStore("localhost", port, None, False), 0, 1)
         board.show(HERE)
-        os.kill(holder, signal.SIGSTOP)
+        freeze(holder)
         began = time.monotonic()
         with pytest.raises(BoardLost, match="does not answer"):
             board.ending()
