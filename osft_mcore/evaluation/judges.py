@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Literal, NotRequired, Protocol, TypedDict
+from typing import Final, Literal, NotRequired, Protocol, TypedDict
 
 BOXED_MATH = "boxed_math"
 BOXED_MATH_FAST = "boxed_math_fast"
@@ -43,6 +43,10 @@ class Judge(Protocol):
     def __call__(self, *, answer: str, golds: list[str], num_tokens: int) -> Reply:
         """`golds`: one of them has to be met."""
         ...
+
+
+AGAIN_S: Final = 0.1
+"""Of CPU time, from one attempt to end a comparison to the next."""
 
 
 class OutOfTimeError(BaseException):
@@ -125,7 +129,7 @@ def _compare_all(
         share_s = cpu_s / (len(undecided) - num_done)
         began = time.process_time()
         try:
-            with _cpu_limit(share_s):
+            with cpu_limit(share_s):
                 verdict = comparison(answer, golds[k])
         except OutOfTimeError:
             verdict, replies[k] = None, {"kind": "late"}
@@ -141,7 +145,7 @@ def _compare_all(
 
 
 @contextlib.contextmanager
-def _cpu_limit(seconds: float) -> Iterator[None]:
+def cpu_limit(seconds: float) -> Iterator[None]:
     """Raise OutOfTimeError inside after so much CPU time: a busy machine changes no verdict.
 
     Of use where Python code runs; the parent ends everything else.
@@ -151,10 +155,15 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
         raise OutOfTimeError
 
     signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    # Again and again: what is raised in a destructor, or while garbage is collected, is lost.
+    signal.setitimer(signal.ITIMER_PROF, seconds, AGAIN_S)
     try:
-        yield
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
     finally:
+        # It may have been raised just there.
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 

@@ -16,7 +16,7 @@ import pytest
 from osft_mcore.config.schema_evaluation import EvaluationConfig
 from osft_mcore.errors import GradingError
 from osft_mcore.evaluation.grading import Grader
-from osft_mcore.evaluation.judges import load_judge
+from osft_mcore.evaluation.judges import OutOfTimeError, cpu_limit, load_judge
 from osft_mcore.evaluation.limits import MAX_ANSWER_CHARS
 from osft_mcore.evaluation.scorers import Grade, Sample
 
@@ -104,6 +104,31 @@ def test_many_expected_answers_share_the_time_of_one() -> None:
     began = time.process_time()
     assert judge(answer=r"\frac{2}{2\sqrt{5}}", golds=HARD, num_tokens=0) == {"kind": "late"}
     assert time.process_time() - began < timeout_s
+
+
+def burn(cpu_s: float) -> None:
+    until = time.process_time() + cpu_s
+    while time.process_time() < until:
+        pass
+
+
+class Hard:
+    """To be rid of it takes time."""
+
+    def __del__(self) -> None:
+        burn(0.5)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_limit_that_ends_in_a_destructor_ends_what_comes_after_it() -> None:
+    def compare() -> None:
+        Hard()
+        burn(1000.0)
+
+    with pytest.raises(OutOfTimeError), cpu_limit(0.2):
+        compare()
+    burn(0.3)
 
 
 def test_order_is_kept_across_workers_and_repeats(grader: Grader) -> None:
