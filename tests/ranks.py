@@ -1,7 +1,9 @@
 """Run a function on several forked ranks over gloo, as torchrun would on one machine."""
 
+import contextlib
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
@@ -116,6 +118,12 @@ def _wait(pids: dict[int, int], folder: Path, timeout_s: float, lost: Collection
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    # Below those that the kernel hands out (from 32768 on), and apart from those of another worker
+    # of pytest-xdist: else somebody may take it before rank 0 does.
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ours = range(10_000 + 5_000 * (worker % 4), 15_000 + 5_000 * (worker % 4))
+    for port in random.sample(ours, 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise RanksFailed(f"no free port among 100 of {ours}")
