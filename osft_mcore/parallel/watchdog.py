@@ -109,17 +109,18 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        failed = isinstance(error, Exception) and not isinstance(error, Stopped | NothingLeft)
+        # torchrun sends it at once where a rank is dead, and nobody else may name that one.
+        previous = signal.signal(signal.SIGTERM, signal.SIG_IGN) if failed else None
         self._on = False
         self._ended.set()
         self._thread.join()
         if error is None or isinstance(error, Stopped | NothingLeft):
             self._show(Place(host=self._stay.place.host, phase=LEFT, number=0))
         elif isinstance(error, Exception):
-            # torchrun sends it at once where a rank is dead, and nobody else may name that one.
-            previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._say_failed(error)
-            # None: a handler that was not installed from Python, which cannot be put back.
-            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(STACKS)
 

@@ -31,6 +31,7 @@ from osft_mcore.errors import CheckpointError
 from osft_mcore.parallel import board as boards
 from osft_mcore.parallel import watchdog
 from osft_mcore.parallel.board import Board, BoardLost, Place
+from osft_mcore.parallel.watchdog import Watchdog
 
 HERE = Place(host="a", phase="train", number=1)
 # A rank that does not end is what these tests are about.
@@ -107,6 +108,12 @@ def test_who_fails_because_of_another_says_so(tmp_path: Path) -> None:
     assert "does not answer" not in told(tmp_path, 0) + told(tmp_path, 1)
 
 
+def end_one_that_ends(watch: Watchdog) -> None:
+    while not watch._ended.is_set():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def fail_after_a_loss(rank: int, store: Store) -> None:
     """Rank 2 is killed, rank 1 loses its connection to it, and the launcher tells rank 1 to end."""
     with watched(rank, store, train_s=LONG_S) as watch, watch.phase("train"):
@@ -114,7 +121,7 @@ def fail_after_a_loss(rank: int, store: Store) -> None:
             lose("killed")
         if rank == 1:
             time.sleep(1.0)
-            threading.Timer(0.2, os.kill, args=(os.getpid(), signal.SIGTERM)).start()
+            threading.Thread(target=end_one_that_ends, args=(watch,), daemon=True).start()
             lose("failed")
         time.sleep(LONG_S)
 
