@@ -35,10 +35,10 @@ demo-coupled: setup
 ablation: setup
 	@$(BIN)/python tools/ablate.py
 
-# Two at a time where ranks are forked and mostly wait; whole programs have the machine to themselves.
+# Two at a time where a test is one process that mostly waits; the others start ranks of their own.
 test: setup
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/distributed; first=$$?; \
-	$(BIN)/python -m pytest tests/e2e && exit $$first
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit; first=$$?; \
+	$(BIN)/python -m pytest tests/distributed tests/e2e && exit $$first
 
 check: setup
 	$(BIN)/ruff check .
